@@ -1,0 +1,401 @@
+"""Every command in a few lines; what it does lives elsewhere, and is imported when it is asked for.
+
+stdout carries the result, stderr the talk. A command ends by naming the next useful ones.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from maese import __version__
+from maese.errors import MaeseError, UsageError
+from maese.say import catalogue, language, say
+
+# Words people bring from other tools or from their own language: suggestions, not aliases.
+FALSE_FRIENDS = {
+    "finetune": "train", "fine-tune": "train", "sft": "train", "run": "train", "entrenar": "train", "ajustar": "train",
+    "infer": "generate", "generar": "generate", "escribir": "generate", "charlar": "chat", "comparar": "compare",
+    "informe": "report", "continuar": "resume", "reanudar": "resume", "nuevo": "new", "datos": "data", "init": "new",
+    "list": "runs", "ls": "runs", "explicar": "explain",
+}  # fmt: skip
+GROUPS = {
+    "start": ("demo", "new", "explain"),
+    "data": ("data",),
+    "train": ("train", "resume", "runs"),
+    "use": ("generate", "chat"),
+    "measure": ("compare", "report"),
+}
+
+
+class Spoken:
+    """Click's own headings in the language of the person."""
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        pieces = " ".join(self.collect_usage_pieces(ctx))  # type: ignore[attr-defined]
+        formatter.write_usage(ctx.command_path, pieces, prefix=say("cli.usage") + " ")
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = [row for p in self.get_params(ctx) if (row := p.get_help_record(ctx))]  # type: ignore[attr-defined]
+        with formatter.section(say("cli.options")):
+            formatter.write_dl(rows)
+        if isinstance(self, click.Group):
+            self.format_commands(ctx, formatter)
+
+    def get_help_option(self, ctx: click.Context) -> click.Option | None:
+        option = super().get_help_option(ctx)  # type: ignore[misc]
+        if option:
+            option.help = say("cli.help")
+        return option
+
+
+class Command(Spoken, click.Command):
+    """A command with its help in Spanish or English, and its examples below."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, options_metavar=say("cli.options_metavar"), **kwargs)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        key = "cli." + ctx.command_path.split(" ", 1)[1].replace(" ", "_") + ".examples"
+        if key in catalogue(language()):
+            with formatter.section(say("cli.examples")):
+                for line in say(key).splitlines():
+                    formatter.write(f"  {line}\n")
+
+
+class Group(Spoken, click.Group):
+    command_class = Command
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("subcommand_metavar", say("cli.command_metavar"))
+        super().__init__(*args, options_metavar=say("cli.options_metavar"), **kwargs)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups = GROUPS if ctx.parent is None else {"all": tuple(self.commands)}
+        for group, names in groups.items():
+            with formatter.section(say(f"cli.group.{group}")):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(90)) for name in names])
+
+
+@click.group(
+    cls=Group,
+    invoke_without_command=True,
+    help=say("cli.about"),
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.option("--lang", type=click.Choice(["es", "en"]), metavar="es|en", help=say("cli.lang"))
+@click.option("--json", "as_json", is_flag=True, help=say("cli.json"))
+@click.option("-q", "--quiet", count=True, help=say("cli.quiet"))
+@click.option("--no-color", is_flag=True, help=say("cli.no_color"))
+@click.option("--version", is_flag=True, help=say("cli.version"))
+@click.pass_context
+def cli(ctx: click.Context, lang: str | None, as_json: bool, quiet: int, no_color: bool, version: bool) -> None:
+    if lang:
+        os.environ["MAESE_LANG"] = lang
+    if no_color:
+        os.environ["NO_COLOR"] = "1"
+    ctx.obj = {"json": as_json, "quiet": quiet}
+    if version:
+        click.echo(f"maese {__version__}")
+    elif ctx.invoked_subcommand is None:
+        click.echo(say("cli.welcome", version=__version__))
+
+
+def _train(ctx: click.Context, recipe: Any) -> Any:
+    """Train, write metrics and report, and say what came of it: shared by `train` and `demo`."""
+    from maese import terminal
+    from maese.train.loop import train
+
+    watch = terminal.watcher(**ctx.obj)
+    with watch:
+        run = train(recipe, watch=watch)
+    terminal.close(run, **ctx.obj)
+    return run
+
+
+@cli.command(help=say("cli.demo.help"))
+@click.option("--data", "path", type=click.Path(), help=say("cli.demo.data"))
+@click.option("--output", type=click.Path(), help=say("cli.output"))
+@click.pass_context
+def demo(ctx: click.Context, path: str | None, output: str | None) -> None:
+    from maese import recipe as recipes
+    from maese import terminal
+
+    changes = [f"output={json.dumps(output)}"] if output else []
+    if path:
+        changes.append(f"data.sources=[{{path: {json.dumps(path)}, limit: 500}}]")
+    recipe = recipes.load("demo", changes)
+    terminal.talk(say("demo.intro", base=recipe.base, path=recipe.data.sources[0].path), **ctx.obj)
+    run = _train(ctx, recipe)
+    from maese.evaluate.compare import compare
+    from maese.report import page
+
+    result = compare(run, list(recipe.eval.prompts))
+    page.write(run)
+    terminal.comparison(result, **ctx.obj)
+    terminal.demo_verdict(run, **ctx.obj)
+
+
+@cli.command(help=say("cli.new.help"))
+@click.argument("name", metavar=say("cli.metavar.name"))
+@click.option("--from", "source", default="quijote", help=say("cli.new.source"))
+@click.pass_context
+def new(ctx: click.Context, name: str, source: str) -> None:
+    from maese import recipe as recipes
+    from maese import terminal
+    from maese.run import write_whole
+
+    path = Path(f"{name}.yaml")
+    if path.exists():
+        raise MaeseError("RUN-01", path=str(path), free=f"{name}-2.yaml")
+    recipes.check({"name": name, "data": {"sources": [{"path": "x"}]}})  # the name itself must be usable
+    text = recipes.find(source).read_text("utf-8")
+    write_whole(path, "".join(f"name: {name}\n" if x.startswith("name:") else x for x in text.splitlines(keepends=True)))
+    click.echo(path)
+    terminal.talk(say("new.done", path=str(path)), **ctx.obj)
+
+
+@cli.command(help=say("cli.explain.help"))
+@click.argument("code", required=False, metavar=say("cli.metavar.code"))
+def explain(code: str | None) -> None:
+    words = catalogue(language())
+    codes = sorted(key.split(".")[1] for key in words if key.startswith("error.") and key.endswith(".why"))
+    if code is None:
+        for each in codes:
+            click.echo(f"{each:<12} {words[f'error.{each}.why'].split('. ')[0].rstrip('.')}")
+        return
+    if code.upper() not in codes:
+        near = difflib.get_close_matches(code.upper(), codes, n=1, cutoff=0)
+        raise UsageError("USE-08", found=code, nearest=near[0])
+    click.echo(f"{code.upper()}: {words[f'error.{code.upper()}.why']}")
+
+
+@cli.group(cls=Group, help=say("cli.data.help"))
+def data() -> None:
+    pass
+
+
+@data.command("get", help=say("cli.data_get.help"))
+@click.argument("name", metavar=say("cli.metavar.name"))
+@click.option("--folder", default="data", type=click.Path(path_type=Path), help=say("cli.data_get.folder"))
+@click.pass_context
+def data_get(ctx: click.Context, name: str, folder: Path) -> None:
+    from maese import terminal
+    from maese.text import get
+
+    terminal.talk(say("data.asking", address=get.address(name)), **ctx.obj)
+    path, words = get.get(name, folder)
+    click.echo(path)
+    terminal.talk(say("data.got", path=str(path), words=words), **ctx.obj)
+
+
+@data.command("fix", help=say("cli.data_fix.help"))
+@click.argument("path", metavar=say("cli.metavar.file"), type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), help=say("cli.data_fix.output"))
+@click.pass_context
+def data_fix(ctx: click.Context, path: Path, output: Path | None) -> None:
+    from maese import terminal
+    from maese.run import write_whole
+    from maese.text import read, repair
+
+    target = output or Path(repair.fixed_name(str(path)))
+    if target.exists():
+        raise MaeseError("RUN-01", path=str(target), free=str(target.with_stem(target.stem + "-2")))
+    text, encoding = repair.fix(read.locate(str(path)))
+    write_whole(target, text)
+    click.echo(target)
+    terminal.talk(say("data.fixed", path=str(target), encoding=encoding), **ctx.obj)
+
+
+@cli.command(help=say("cli.train.help"))
+@click.argument("recipe", metavar=say("cli.metavar.recipe"))
+@click.argument("changes", nargs=-1, metavar=say("cli.metavar.changes"))
+@click.option("--dry-run", is_flag=True, help=say("cli.train.dry_run"))
+@click.pass_context
+def train(ctx: click.Context, recipe: str, changes: tuple[str, ...], dry_run: bool) -> None:
+    from maese import recipe as recipes
+
+    chosen = recipes.load(recipe, changes)
+    if dry_run:
+        click.echo(recipes.dump(chosen).rstrip())
+    else:
+        _train(ctx, chosen)
+
+
+@cli.command(help=say("cli.resume.help"))
+@click.argument("run", metavar=say("cli.metavar.run"))
+@click.pass_context
+def resume(ctx: click.Context, run: str) -> None:
+    from maese import run as runs
+    from maese import terminal
+
+    found = runs.find(run)
+    from maese.train.loop import resume as go_on
+
+    watch = terminal.watcher(**ctx.obj)
+    with watch:
+        go_on(found, watch=watch)
+    terminal.close(found, **ctx.obj)
+
+
+@cli.command(help=say("cli.runs.help"))
+@click.pass_context
+def runs(ctx: click.Context) -> None:
+    from maese import terminal
+
+    terminal.list_runs(**ctx.obj)
+
+
+def writing_options(command: Any) -> Any:
+    """The ways of writing, the same for `generate`, `chat` and `compare`."""
+    for option in reversed(
+        [
+            click.option("--max-new-tokens", type=int, help=say("cli.write.max_new_tokens")),
+            click.option("--temperature", type=float, help=say("cli.write.temperature")),
+            click.option("--greedy", is_flag=True, help=say("cli.write.greedy")),
+            click.option("--top-k", type=int, help=say("cli.write.top_k")),
+            click.option("--top-p", type=float, help=say("cli.write.top_p")),
+            click.option("--repetition-penalty", type=float, help=say("cli.write.repetition_penalty")),
+            click.option("--sentences", type=int, help=say("cli.write.sentences")),
+            click.option("--stop", multiple=True, help=say("cli.write.stop")),
+            click.option("--seed", type=int, help=say("cli.write.seed")),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def _settings(greedy: bool, stop: tuple[str, ...], **given: Any) -> dict[str, Any]:
+    """Only what was asked for, so that the recipe decides the rest."""
+    chosen = {key: value for key, value in given.items() if value is not None}
+    return chosen | ({"temperature": 0.0} if greedy else {}) | ({"stop": list(stop)} if stop else {})
+
+
+@cli.command(help=say("cli.generate.help"))
+@click.argument("model", metavar=say("cli.metavar.model"))
+@click.argument("prompt", metavar=say("cli.metavar.prompt"))
+@click.option("--base", is_flag=True, help=say("cli.generate.base"))
+@writing_options
+@click.pass_context
+def generate(ctx: click.Context, model: str, prompt: str, base: bool, **given: Any) -> None:
+    from maese import terminal
+
+    settings = _settings(**given)
+    if prompt == "-":
+        prompt = sys.stdin.read().rstrip("\n")
+    from maese.generate.engine import open_writer
+
+    terminal.answer(open_writer(model, base), prompt, settings, **ctx.obj)
+
+
+@cli.command(help=say("cli.chat.help"))
+@click.argument("model", metavar=say("cli.metavar.model"))
+@writing_options
+@click.pass_context
+def chat(ctx: click.Context, model: str, **given: Any) -> None:
+    from maese import terminal
+
+    settings = _settings(**given)
+    from maese.generate.engine import open_writer
+
+    terminal.chat(open_writer(model), model, settings)
+
+
+@cli.command(help=say("cli.compare.help"))
+@click.argument("run", metavar=say("cli.metavar.run"))
+@click.argument("prompts", nargs=-1, metavar=say("cli.metavar.prompts"))
+@click.option("--class-sheet", is_flag=True, help=say("cli.compare.class_sheet"))
+@writing_options
+@click.pass_context
+def compare(ctx: click.Context, run: str, prompts: tuple[str, ...], class_sheet: bool, **given: Any) -> None:
+    from maese import run as runs
+    from maese import terminal
+
+    settings = _settings(**given)
+    found = runs.find(run)
+    from maese.evaluate.compare import compare as both
+    from maese.report import class_sheet as sheet
+    from maese.report import page
+
+    asked = list(prompts) or list(found.recipe().eval.prompts) or [say("compare.prompt")]
+    result = both(found, asked, **settings)
+    page.write(found)
+    if class_sheet:
+        path = sheet.write(found, result)
+        click.echo(sheet.text(sheet.shuffle(result, result["seed"])))
+        terminal.talk(say("compare.sheet", path=str(path)), **ctx.obj)
+    else:
+        terminal.comparison(result, **ctx.obj)
+
+
+@cli.command(help=say("cli.report.help"))
+@click.argument("run", metavar=say("cli.metavar.run"))
+@click.pass_context
+def report(ctx: click.Context, run: str) -> None:
+    from maese import run as runs
+    from maese import terminal
+
+    found = runs.find(run)
+    terminal.write_papers(found)
+    click.echo(found.report / "index.html")
+
+
+def run(arguments: list[str]) -> int:
+    """The whole command line: runs it and turns what went wrong into words. Returns the exit code."""
+    try:
+        cli.main(arguments, prog_name="maese", standalone_mode=False)
+        return 0
+    except MaeseError as problem:
+        click.echo(str(problem), err=True)
+        return problem.exit_code
+    except click.ClickException as problem:
+        click.echo(str(_usage(problem)), err=True)
+        return 2
+    except click.exceptions.Exit as leaving:
+        return leaving.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("", err=True)
+        return 130
+    except BrokenPipeError:
+        # Someone closed the other end (`| head`): there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception:
+        import tempfile
+        import traceback
+
+        with tempfile.NamedTemporaryFile("w", prefix="maese-", suffix=".txt", delete=False, encoding="utf-8") as out:
+            out.write(traceback.format_exc())
+        click.echo(str(MaeseError("BUG-01", path=out.name)), err=True)
+        return 3
+
+
+def _usage(problem: click.ClickException) -> UsageError:
+    """Click's structured exceptions in our words."""
+    path = problem.ctx.command_path if isinstance(problem, click.UsageError) and problem.ctx else "maese"
+    if isinstance(problem, click.NoSuchOption):
+        near = problem.possibilities or difflib.get_close_matches(problem.option_name, _options(problem.ctx), n=1, cutoff=0)
+        return UsageError("USE-09", found=problem.option_name, command=path, nearest=(near or ["--help"])[0])
+    if isinstance(problem, click.MissingParameter):
+        name = problem.param.make_metavar(problem.ctx) if problem.param and problem.ctx else "?"
+        return UsageError("USE-10", name=name, command=path)
+    if isinstance(problem, click.BadParameter):
+        name = problem.param.opts[-1] if problem.param else "?"
+        kind = getattr(problem.param.type, "choices", None) if problem.param else None
+        expected = " | ".join(kind) if kind else (problem.param.type.name if problem.param else "?")
+        return UsageError("USE-11", name=name, command=path, expected=expected)
+    if isinstance(problem, click.exceptions.NoSuchCommand):
+        word, known = problem.command_name, getattr(problem.ctx.command, "commands", {}) if problem.ctx else {}
+        near = FALSE_FRIENDS.get(word) or (difflib.get_close_matches(word, known, n=1, cutoff=0) or ["--help"])[0]
+        return UsageError("USE-01", found=word, nearest=near, command=path)
+    return UsageError("USE-10", name=problem.format_message(), command=path)
+
+
+def _options(ctx: click.Context | None) -> list[str]:
+    return [option for p in (ctx.command.params if ctx else []) for option in p.opts]

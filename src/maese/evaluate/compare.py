@@ -1,0 +1,71 @@
+"""Before and after: the same prompts through the base and through the tuned weights, with proof that they differ.
+
+Same seed, same settings, both sides; each with the fingerprint of the weights that were active, and the largest
+difference between their logits. Two equal sides are an error (COMPARE-01), never two columns.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from typing import Any
+
+from maese.errors import MaeseError
+from maese.generate.engine import Writer, open_folder, open_writer
+from maese.model import adapter, load
+from maese.model.fingerprint import fingerprint, untouched
+from maese.run import Run
+from maese.tokens.template import prompt_ids
+
+
+def compare(run: Run, prompts: list[str], on_pair: Callable[[dict], object] | None = None, **settings: Any) -> dict[str, Any]:
+    """The comparison as plain data, also written to `compare.json` of the run."""
+    after = open_writer(run)
+    recipe = run.recipe()
+    if adapter.is_adapter(run.final):
+        before = after  # the same model, its adapter off while the base writes
+    else:
+        model, _ = open_folder(load.resolve(recipe.base))
+        before = Writer(model, after.tokenizer, after.settings, after.format)
+
+    with untouched(before.model):
+        print_before = fingerprint(before.model)
+    print_after = fingerprint(after.model)
+    difference = max(logit_difference(before, after, prompt) for prompt in prompts)
+    if difference == 0 or print_before == print_after:
+        raise MaeseError("COMPARE-01", run=str(run.path), fingerprint=print_after[:12])
+
+    pairs = []
+    for prompt in prompts:
+        with untouched(before.model):
+            old = before.generate(prompt, **settings)
+        new = after.generate(prompt, **settings)
+        pairs.append({"prompt": prompt, "before": old.text, "after": new.text})
+        if on_pair:
+            on_pair(pairs[-1])
+    chosen = after.with_settings(settings)
+    result = {
+        "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "base": recipe.base,
+        "seed": chosen.seed,
+        "settings": chosen.model_dump(),
+        "before": {"fingerprint": print_before},
+        "after": {"fingerprint": print_after},
+        "max_logit_difference": difference,
+        "prompts": pairs,
+    }
+    run.write("compare.json", result)
+    return result
+
+
+def logit_difference(before: Writer, after: Writer, prompt: str) -> float:
+    """The largest absolute difference between the logits of the two sides over a prompt."""
+    import torch
+
+    ids = prompt_ids(after.tokenizer, prompt, after.format)
+    with torch.inference_mode():
+        batch = torch.tensor([ids], device=after.model.device)
+        with untouched(before.model):
+            old = before.model(input_ids=batch, use_cache=False).logits.float()
+        new = after.model(input_ids=batch, use_cache=False).logits.float()
+    return float((old - new).abs().max())

@@ -1,0 +1,1 @@
+"""WEIGHTS: load, adapt, recognise and save. Every use of the insides of transformers and PEFT lives here."""

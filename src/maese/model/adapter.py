@@ -1,0 +1,85 @@
+"""Adapters: put a LoRA on a model, or open one that was trained, after checking that it belongs there.
+
+LoRA: Hu et al. 2021, arXiv 2106.09685. The files are PEFT's, so that every tool opens them; beside them
+`maese.json` says which weights they were trained over.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from maese.errors import MaeseError
+from maese.model.load import quiet, weights_hash
+from maese.recipe import Method
+
+ABOUT = "maese.json"
+
+
+def add_lora(model: Any, method: Method) -> Any:
+    """The model with fresh adapters; only they will train. Error: ADAPT-02 (a target the model does not have)."""
+    quiet()
+    from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    targets = method.targets
+    if targets != "all-linear":
+        present = linear_names(model)
+        missing = [name for name in targets if name not in present]
+        if missing:
+            near = difflib.get_close_matches(missing[0], sorted(present), n=1, cutoff=0)
+            raise MaeseError("ADAPT-02", target=missing[0], present=", ".join(sorted(present)), nearest=near[0])
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=method.rank,
+        lora_alpha=method.alpha,
+        lora_dropout=method.dropout,
+        target_modules=targets,
+        # GPT-2 keeps its matrices transposed.
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
+    return get_peft_model(model, config)
+
+
+def linear_names(model: Any) -> set[str]:
+    """Last names of the modules an adapter can go on: `{"c_attn", "c_proj", "c_fc"}` for GPT-2."""
+    from torch.nn import Linear
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    return {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, Linear | Conv1D) and module is not head
+    }
+
+
+def attach(model: Any, folder: Path, base: Path) -> Any:
+    """The model with the adapter of a folder. Errors: ADAPT-01 (trained over other weights), MODEL-03 (unsafe file)."""
+    quiet()
+    from peft import PeftModel
+
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise MaeseError("MODEL-03", base=str(folder), files=", ".join(p.name for p in sorted(folder.glob("*.bin"))) or "—")
+    check_base(folder, base)
+    try:
+        return PeftModel.from_pretrained(model, str(folder)).eval()
+    except RuntimeError as problem:  # shapes that do not fit: an adapter of another architecture without our notes
+        raise MaeseError("ADAPT-01", adapter=str(folder), expected="—", found=str(base)) from problem
+
+
+def check_base(folder: Path, base: Path) -> None:
+    about = about_adapter(folder)
+    if about.get("base_sha256") and about["base_sha256"] != weights_hash(base):
+        raise MaeseError("ADAPT-01", adapter=str(folder), expected=about.get("base", "—"), found=str(base))
+
+
+def about_adapter(folder: Path) -> dict[str, Any]:
+    path = folder / ABOUT
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()

@@ -1,0 +1,152 @@
+"""From the name of a base to a model and its tokenizer: `embedded`, a folder, or a hub id.
+
+    folder = resolve("embedded")
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+
+Only safetensors are opened: other formats can run code while they load. No code of a model folder is ever run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+from maese.errors import MaeseError
+
+EMBEDDED = Path(__file__).parent.parent / "embedded"
+UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
+WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
+
+
+def resolve(base: str, say_download: Any = None) -> Path:
+    """The folder of a base. A hub id may name a revision: `owner/name@main`.
+
+    `say_download(name)` is called before the network is used. Errors: MODEL-01 (not found, or no network), MODEL-02
+    (the hub asks for permission), MODEL-03 (only unsafe formats).
+    """
+    if base == "embedded":
+        return EMBEDDED
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or base.startswith((".", "~")) or base.count("/") != 1:
+        raise MaeseError("MODEL-01", base=base, reason="—", nearest=_nearest(folder))
+    return _from_hub(base, say_download)
+
+
+def _from_hub(base: str, say_download: Any) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+
+    name, _, revision = base.partition("@")
+    wanted: dict[str, Any] = {"repo_id": name, "revision": revision or None, "allow_patterns": WANTED}
+    try:
+        return Path(snapshot_download(**wanted, local_files_only=True))  # what is here needs no network
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError):
+        pass
+    if say_download:
+        say_download(name)
+    try:
+        return Path(snapshot_download(**wanted))
+    except GatedRepoError as problem:
+        raise MaeseError("MODEL-02", base=name) from problem
+    except Exception as problem:  # the hub's client raises many kinds; to a person they are one: it did not come
+        raise MaeseError("MODEL-01", base=base, reason=type(problem).__name__, nearest="embedded") from problem
+
+
+def check(folder: Path) -> dict[str, Any]:
+    """The configuration of a model folder that is safe and complete enough to open."""
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise MaeseError("MODEL-01", base=str(folder), reason="config.json", nearest="embedded")
+    config = json.loads(config_file.read_text("utf-8"))
+    if "auto_map" in config:
+        raise MaeseError("MODEL-05", base=str(folder))
+    if not weight_files(folder):
+        unsafe = sorted(p.name for p in folder.iterdir() if p.suffix in UNSAFE)
+        if unsafe:
+            raise MaeseError("MODEL-03", base=str(folder), files=", ".join(unsafe[:3]))
+        raise MaeseError("MODEL-01", base=str(folder), reason="*.safetensors", nearest="embedded")
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def load_model(folder: Path, dtype: str = "fp32") -> Any:
+    """The causal model of a folder, in evaluation mode. `dtype` is that of the weights: fp32, bf16 or fp16."""
+    quiet()
+    check(folder)
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=kind, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        )
+    except SafetensorError as problem:
+        raise MaeseError("MODEL-06", base=str(folder), reason=str(problem)[:80]) from problem
+    except (ValueError, KeyError) as problem:
+        raise MaeseError("MODEL-04", base=str(folder), reason=str(problem).splitlines()[0][:100]) from problem
+    return model.eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder. One without a pad token borrows the end token for filling, in memory only."""
+    quiet()
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as problem:
+        raise MaeseError("TOKEN-01", base=str(folder)) from problem
+    if tokenizer.eos_token_id is None:
+        raise MaeseError("TOKEN-02", base=str(folder))
+    # A whole book is rendered before it is cut; the warning about its length would be about nothing.
+    tokenizer.model_max_length = int(1e30)
+    return tokenizer
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The id rows are filled with. It may be the end token: labels never look at it (see tokens.batches.collate)."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+def context_of(model: Any) -> int:
+    """The longest row the model takes, in tokens."""
+    return int(getattr(model.config, "max_position_embeddings", None) or 1 << 20)
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 of the weight files of a base: what an adapter belongs to."""
+    digest = hashlib.sha256()
+    for path in weight_files(folder):
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def quiet() -> None:
+    """The libraries' own bars and warnings would tear the display; what matters is said in our words."""
+    from transformers.utils import logging as talk
+
+    talk.set_verbosity_error()
+    talk.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(peft|torch|transformers|accelerate)(\..*)?")
+
+
+def _nearest(folder: Path) -> str:
+    import difflib
+
+    around = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+    near = difflib.get_close_matches(folder.name, around, n=1, cutoff=0.5)
+    return str(folder.parent / near[0]) if near else "embedded"

@@ -1,0 +1,1 @@
+"""COST: what a run will take, before anything is spent."""

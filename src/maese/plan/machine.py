@@ -1,0 +1,87 @@
+"""This machine: device, threads, memory, and the precision that pays on it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from maese.errors import MaeseError
+from maese.recipe import Train
+
+
+@dataclass(frozen=True)
+class Machine:
+    device: str  # cpu | cuda
+    name: str
+    threads: int
+    memory_gib: float  # of the device that trains
+    precision: str  # fp32 | bf16 | fp16
+
+    def facts(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def machine(train: Train | None = None) -> Machine:
+    """What will be used, given what the recipe asks for. Error: DEVICE-01 when it asks for a card that is not there."""
+    import torch
+
+    wanted = train.device if train else "auto"
+    asked = train.precision if train else "auto"
+    cuda = torch.cuda.is_available()
+    if wanted == "cuda" and not cuda:
+        raise MaeseError("DEVICE-01")
+    device = "cuda" if cuda and wanted != "cpu" else "cpu"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if device == "cuda":
+        card = torch.cuda.get_device_properties(0)
+        auto = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        return Machine(device, card.name, cores, card.total_memory / 2**30, auto if asked == "auto" else asked)
+    import psutil
+
+    auto = "bf16" if bf16_pays_on_cpu() else "fp32"
+    # fp16 has no fast path on any CPU; asking for it there is taken as asking for small numbers.
+    precision = auto if asked in ("auto", "fp16") else asked
+    return Machine(device, cpu_name(), cores, psutil.virtual_memory().total / 2**30, precision)
+
+
+def bf16_pays_on_cpu() -> bool:
+    """Whether the processor multiplies bf16 in hardware; without that it is slower than fp32."""
+    import torch
+
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+
+
+def cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        import platform
+
+        return platform.processor() or platform.machine()
+
+
+def memory_used_gib(device: str) -> float:
+    """Memory in use now: of the card, or of this process."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.memory_allocated() / 2**30
+    import psutil
+
+    return psutil.Process().memory_info().rss / 2**30
+
+
+def memory_peak_gib(device: str) -> float:
+    """The most this process has held at once."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+    import sys
+
+    # ru_maxrss is in KiB on Linux and in bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

@@ -1,0 +1,230 @@
+"""The control panel: every option of a run, strict, in one place.
+
+    recipe = load("quijote", ["train.lr=2e-4", "data.sources=[{path: mine.txt}]"])
+    dump(recipe)                         the YAML that repeats the run, every default visible
+
+A recipe file holds only what differs from the defaults below. An unknown key or a value out of range is an error that
+names the key, what was found and the nearest name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from maese.errors import MaeseError
+
+Share = Annotated[float, Field(ge=0, le=0.9)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(Strict):
+    """One place the text comes from."""
+
+    path: str
+    limit: Count | None = None  # lines of a raw text, blocks of a question file
+    documents: Literal["file", "line"] = "file"  # what one document of a raw text is
+
+
+class Data(Strict):
+    sources: Annotated[list[Source], Field(min_length=1)]
+    format: Literal["auto", "text", "qa"] = "auto"
+    template: Literal["plain"] = "plain"
+    loss: Literal["assistant", "last", "all"] = "assistant"  # which turns of a conversation are learnt
+    max_length: Annotated[int, Field(ge=8, le=131072)] = 256  # tokens in one example
+    too_long: Literal["error", "drop", "truncate", "split"] = "error"
+    validation: Share = 0.1  # share kept apart, never trained on
+
+
+class Method(Strict):
+    kind: Literal["full", "lora"] = "full"
+    rank: Count = 16
+    alpha: Annotated[float, Field(gt=0)] = 32
+    dropout: Share = 0.0
+    targets: list[str] | Literal["all-linear"] = "all-linear"
+
+
+class Train(Strict):
+    epochs: Annotated[float, Field(gt=0)] = 3
+    max_steps: Count | None = None  # stops there, whatever the epochs say
+    micro_batch: Count = 2  # examples through the model at once
+    accumulation: Count = 4  # micro-batches before the weights move
+    lr: Annotated[float, Field(gt=0, le=10)] = 1e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Share = 0.05  # share of the steps
+    clip: Annotated[float, Field(gt=0)] = 1.0  # largest norm of the gradient
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    gradient_checkpointing: bool = False
+    save_every: Count = 200  # steps between checkpoints
+    keep: Count = 2  # checkpoints kept
+    patience: Annotated[int, Field(ge=0)] = 0  # validations without improvement before stopping; 0 never stops
+    final: Literal["best", "last"] = "best"  # which weights go to final/
+    seed: Annotated[int, Field(ge=0)] = 42
+
+
+class Eval(Strict):
+    every: Count = 50  # steps between validations
+    prompts: list[str] = []
+
+
+class Generate(Strict):
+    max_new_tokens: Count = 160
+    temperature: Annotated[float, Field(ge=0, le=5)] = 0.9  # 0 is greedy
+    top_k: Annotated[int, Field(ge=0)] = 50  # 0 keeps all
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    repetition_penalty: Annotated[float, Field(ge=1, le=5)] = 1.1
+    sentences: Count | None = None  # exactly so many, when given
+    stop: list[str] = []
+    seed: Annotated[int, Field(ge=0)] = 42
+
+
+class Recipe(Strict):
+    name: Annotated[str, Field(pattern=r"^[\w][\w.-]*$", max_length=60)]
+    base: str = "embedded"  # embedded | a folder | a hub id, with @revision if wanted
+    data: Data
+    method: Method = Method()
+    train: Train = Train()
+    eval: Eval = Eval()
+    generate: Generate = Generate()
+    output: str | None = None  # None: runs/<date>-<name>
+
+
+def shipped(name: str) -> Path:
+    """A file that travels with maese (`recipes/…`, `data/…`): inside the wheel, or beside `src/` in a clone."""
+    here = Path(__file__).parent
+    inside = here / "shipped" / name
+    return inside if inside.exists() else here.parent.parent / name
+
+
+def names() -> list[str]:
+    """The recipes that travel with maese: `["demo", "pokemon", "quijote"]`."""
+    return sorted(path.stem for path in shipped("recipes").glob("*.yaml"))
+
+
+def find(what: str) -> Path:
+    """The file of a recipe, given its path or the name of one that travels with maese."""
+    for path in (Path(what), shipped(f"recipes/{what}.yaml")):
+        if path.is_file():
+            return path
+    near = difflib.get_close_matches(Path(what).stem, names(), n=1, cutoff=0.5)
+    raise MaeseError("USE-05", name=what, known=", ".join(names()), nearest=near[0] if near else names()[0])
+
+
+def load(what: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe by path or name and apply dotted overrides such as `train.lr=2e-4`."""
+    path = find(str(what))
+    tree = _parse(path.read_text("utf-8"), str(path))
+    if not isinstance(tree, dict):
+        raise MaeseError("USE-04", path=str(path), line=1, column=1)
+    for override in overrides:
+        key, mark, text = override.partition("=")
+        if not mark or not key:
+            raise MaeseError("USE-06", found=override)
+        _put(tree, key, _scalar(_parse(text, override)))
+    return check(tree)
+
+
+def check(tree: dict[str, Any]) -> Recipe:
+    """A validated recipe from plain data; the first mistake found is raised as MaeseError."""
+    try:
+        return Recipe.model_validate(_numbers(tree))
+    except ValidationError as problem:
+        raise _explain(problem) from None
+
+
+def dump(recipe: Recipe) -> str:
+    return yaml.safe_dump(recipe.model_dump(), allow_unicode=True, sort_keys=False, width=100)
+
+
+def fields(model: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key with its default: `{"train.lr": 0.0001, …}`."""
+    flat: dict[str, Any] = {}
+    for key, info in model.model_fields.items():
+        inner = info.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            flat |= fields(inner, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = None if info.is_required() else info.default
+    return flat
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as problem:
+        mark = getattr(problem, "problem_mark", None)
+        line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
+        raise MaeseError("USE-04", path=where, line=line, column=column) from None
+
+
+def _scalar(value: Any) -> Any:
+    """YAML 1.1 reads `2e-4` as text; people mean a number, also with a decimal comma."""
+    if isinstance(value, str):
+        try:
+            return float(value.replace(",", "."))
+        except ValueError:
+            return value
+    return value
+
+
+def _numbers(tree: Any, key: str = "") -> Any:
+    if isinstance(tree, dict):
+        return {k: _numbers(v, str(k)) for k, v in tree.items()}
+    if isinstance(tree, list):
+        return [_numbers(v) if isinstance(v, dict) else v for v in tree]
+    # Names and texts stay as they were written, even when they look like numbers.
+    return tree if key in ("name", "base", "path", "output") else _scalar(tree)
+
+
+def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        below = tree.get(parent)
+        if not isinstance(below, dict):
+            below = tree[parent] = {}
+        tree = below
+    tree[last] = value
+
+
+def _explain(problem: ValidationError) -> MaeseError:
+    first = problem.errors()[0]
+    for error in problem.errors():  # a misspelt key explains the missing one better than the reverse
+        if error["type"] == "extra_forbidden":
+            first = error
+            break
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = list(fields()) + ["data.sources", *Recipe.model_fields]
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+        if not near:
+            leaf = {k.rsplit(".", 1)[-1]: k for k in known}
+            near = [leaf[k] for k in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaf, n=1, cutoff=0.4)]
+        return MaeseError("USE-02", key=key, nearest=near[0] if near else "train.lr", value=first["input"])
+    if first["type"] == "missing":
+        return MaeseError("USE-07", key=key)
+    return MaeseError("USE-03", key=key, found=repr(first["input"]), expected=_expected(first))
+
+
+def _expected(error: Any) -> str:
+    """What a field takes, in signs rather than words: `≥ 1`, `cosine | linear`, `int`."""
+    facts = error.get("ctx", {})
+    for name, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<")):
+        if name in facts:
+            return f"{sign} {facts[name]}"
+    if "expected" in facts:
+        return str(facts["expected"]).replace(" or ", " | ").replace(", ", " | ").replace("'", "")
+    if "pattern" in facts:
+        return "a-z, 0-9, «-», «_», «.»"
+    return {"int_parsing": "int", "int_from_float": "int", "float_parsing": "float", "bool_parsing": "true | false"}.get(
+        error["type"], error["type"].removesuffix("_type").removesuffix("_parsing")
+    )

@@ -1,0 +1,205 @@
+"""The run folder: where a run's facts are written once and read by everyone.
+
+    runs/2026-11-21-quijote/
+      recipe.yaml  environment.json  data.json  state.json  events.jsonl  checkpoints/  final/  report/
+
+Training alone writes `events.jsonl`, one JSON a line, flushed at once; terminal, studio and report only read it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import json
+import os
+import platform
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from maese import recipe as recipes
+from maese.errors import MaeseError
+
+SCHEMA = 1
+Event = dict[str, Any]
+
+
+class Run:
+    """One run folder, open for reading; `open_for_writing` makes it ours until `close`."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._events: Any = None
+
+    # What is where
+    @property
+    def final(self) -> Path:
+        return self.path / "final"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
+    def recipe(self) -> recipes.Recipe:
+        return recipes.load(self.path / "recipe.yaml")
+
+    def read(self, name: str) -> Any:
+        """A JSON file of the folder, or None when the run has not come that far."""
+        path = self.path / name
+        return json.loads(path.read_text("utf-8")) if path.exists() else None
+
+    def write(self, name: str, content: Any) -> None:
+        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, indent=1)
+        write_whole(self.path / name, text)
+
+    def events(self) -> list[Event]:
+        """Every event, oldest first; a last line cut by a crash is left out."""
+        path = self.path / "events.jsonl"
+        found = []
+        if path.exists():
+            for line in path.read_text("utf-8", errors="replace").splitlines():
+                with contextlib.suppress(json.JSONDecodeError):
+                    found.append(json.loads(line))
+        return found
+
+    def history(self) -> list[Event]:
+        """The events that led to the weights as they are: what a resumed run threw away is not in it."""
+        kept: list[Event] = []
+        for event in self.events():
+            if event["type"] == "start" and event.get("resumed_from") is not None:
+                kept = [e for e in kept if e.get("step", 0) <= event["resumed_from"] and e["type"] != "end"]
+            kept.append(event)
+        return kept
+
+    # Writing
+    def open_for_writing(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        holder = self.holder()
+        if holder:
+            raise MaeseError("RUN-03", run=str(self.path), pid=holder)
+        write_whole(self.path / "lock", json.dumps({"pid": os.getpid(), "started": _started(os.getpid())}))
+        path = self.path / "events.jsonl"
+        cut = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
+        self._events = open(path, "a", encoding="utf-8")
+        if cut:
+            self._events.write("\n")
+
+    def event(self, type: str, **facts: Any) -> Event:
+        event = {"v": SCHEMA, "t": datetime.datetime.now().astimezone().isoformat(timespec="milliseconds"), "type": type}
+        event |= facts
+        with disk(self.path):
+            self._events.write(json.dumps(event, ensure_ascii=False) + "\n")
+            self._events.flush()
+        return event
+
+    def close(self) -> None:
+        if self._events:
+            self._events.close()
+            self._events = None
+            (self.path / "lock").unlink(missing_ok=True)
+
+    def holder(self) -> int | None:
+        """The process that is writing this run now, if it is alive and is not this one."""
+        try:
+            lock = json.loads((self.path / "lock").read_text("utf-8"))
+        except (OSError, ValueError):
+            return None
+        alive = lock["pid"] != os.getpid() and _started(lock["pid"]) == lock["started"] is not None
+        return lock["pid"] if alive else None
+
+
+def create(recipe: recipes.Recipe, replace: bool = False) -> Run:
+    """A new run folder for a recipe; an existing one with something in it is never written over."""
+    if recipe.output:
+        path = Path(recipe.output)
+        if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
+            raise MaeseError("RUN-01", path=str(path), free=str(_free(path)))
+    else:
+        path = Path("runs") / f"{datetime.date.today().isoformat()}-{recipe.name}"
+        path = _free(path) if path.exists() else path
+    run = Run(path)
+    with disk(path):
+        run.open_for_writing()
+    return run
+
+
+def find(what: str | Path) -> Run:
+    """An existing run by folder, by name inside `runs/`, or the newest whose name ends so: `find("quijote")`."""
+    direct = [Path(what), Path("runs") / str(what)]
+    # Two runs of one day are `-2`, `-3`…: the newest folder wins, not the first in the alphabet.
+    named = [p for p in Path("runs").glob(f"*-{what}*") if p.is_dir() and "/" not in str(what)]
+    for path in direct + sorted(named, key=lambda p: p.stat().st_mtime, reverse=True):
+        if (path / "recipe.yaml").is_file():
+            return Run(path)
+    known = sorted((p.parent.name for p in Path("runs").glob("*/recipe.yaml")), reverse=True)
+    raise MaeseError("RUN-02", run=str(what), known=", ".join(known[:5]) or "—")
+
+
+def environment() -> dict[str, Any]:
+    """What another person needs to repeat the run, or to know why it came out otherwise."""
+    packages = ("torch", "transformers", "tokenizers", "accelerate", "peft", "safetensors", "numpy")
+    return {
+        "maese": metadata.version("maese"),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "machine": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file in one move: readers see the old one or the new one, never half of either."""
+    with disk(path):
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        with open(draft, "w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(draft, path)
+
+
+@contextlib.contextmanager
+def disk(path: Path):
+    """Turn the system's words about a full or closed disk into ours, wherever something is written."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MaeseError("DISK-01", path=str(path), free=_gigabytes_free(path)) from problem
+        if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise MaeseError("DISK-02", path=str(path)) from problem
+        raise
+
+
+def _gigabytes_free(path: Path) -> float:
+    import shutil
+
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    return shutil.disk_usage(existing).free / 2**30
+
+
+def _free(path: Path) -> Path:
+    """The first name of the row `x-2`, `x-3`, … that nobody has taken."""
+    return next(p for i in range(2, 10_000) if not (p := path.with_name(f"{path.name}-{i}")).exists())
+
+
+def _started(pid: int) -> float | None:
+    """When a process began, so that a recycled number is not taken for the process that wrote it down."""
+    import psutil
+
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.Error:
+        return None
+
+
+def now() -> float:
+    return time.monotonic()

@@ -1,0 +1,186 @@
+"""What the commands say when they have done: samples, comparisons, chat, and the next useful command."""
+
+from __future__ import annotations
+
+import json as jsons
+import sys
+from pathlib import Path
+from typing import Any
+
+from maese.live import shorten, watcher
+from maese.run import Run
+from maese.say import duration, number, percent, say
+
+__all__ = ["answer", "chat", "close", "comparison", "demo_verdict", "list_runs", "talk", "watcher", "write_papers"]
+
+
+def talk(text: str, json: bool = False, quiet: int = 0) -> None:
+    """To the person, not to the pipe."""
+    if not quiet and not json:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+
+def write_papers(run: Run) -> dict[str, Any]:
+    """metrics.json, .csv and .png and the report, from the run's folder alone."""
+    from maese.report import curves, facts, page
+
+    facts.write_metrics(run)
+    curves.plot(run)
+    page.write(run)
+    return facts.facts(run)
+
+
+def close(run: Run, json: bool = False, quiet: int = 0) -> None:
+    """The end of a training: figures, verdict, the test question answered, what to do next."""
+    from maese.report.diagnosis import diagnose
+    from maese.report.summary import box
+
+    found = write_papers(run)
+    if json:
+        return
+    history = run.history()
+    answers = [e for e in history if e["type"] == "sample" and e.get("final")]
+    talk("\n" + box(found), quiet=max(0, quiet - 1))
+    verdict = diagnose(history, [e["text"] for e in answers])
+    talk("\n" + verdict.text(), quiet=quiet)
+    for event in answers[:1]:
+        talk("\n" + say("end.asked", prompt=event["prompt"], text=shorten(event["text"], 600)), quiet=quiet)
+    talk("\n" + say("end.next", run=str(run.path), report=str(run.report / "index.html")), quiet=quiet)
+    sys.stdout.write(f"{run.path}\n")
+
+
+def comparison(result: dict[str, Any], json: bool = False, quiet: int = 0) -> None:
+    """Before and after, one prompt after another, with the proof that two models wrote them."""
+    if json:
+        sys.stdout.write(jsons.dumps(result, ensure_ascii=False, indent=1) + "\n")
+        return
+    for pair in result["prompts"]:
+        lines = ["", say("compare.asked", prompt=pair["prompt"])]
+        for side in ("before", "after"):
+            mark = say(f"compare.{side}", fingerprint=result[side]["fingerprint"][:8])
+            lines += ["", mark, *("  " + line for line in pair[side].strip().splitlines() if line.strip())]
+        sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.flush()
+    talk("\n" + say("compare.proof", difference=number(result["max_logit_difference"], 2)), quiet=quiet)
+
+
+def demo_verdict(run: Run, json: bool = False, quiet: int = 0) -> None:
+    """The one figure of the demo: how much better the model now finds text of the book it has not read."""
+    validations = [e for e in run.history() if e["type"] == "validation"]
+    before = validations[0]["loss"]
+    after = min(e["loss"] for e in validations)
+    facts = {"before": number(before, 3), "after": number(after, 3), "change": percent((before - after) / before)}
+    talk("\n" + say("demo.verdict", **facts, tokens=validations[0]["tokens"]), json, quiet)
+    talk(say("demo.report", report=str((run.report / "index.html").absolute())), json, quiet)
+
+
+def list_runs(json: bool = False, quiet: int = 0) -> None:
+    """Every run under `runs/`, newest first, with its state and its loss on text kept apart."""
+    rows = []
+    for path in sorted(Path("runs").glob("*/recipe.yaml"), key=lambda p: p.stat().st_mtime, reverse=True):
+        run = Run(path.parent)
+        state = run.read("state.json") or {}
+        status = state.get("status", "training")
+        if status == "training":
+            status = "training" if run.holder() else "interrupted"
+        losses = [e["loss"] for e in run.history() if e["type"] == "validation"]
+        rows.append({"run": path.parent.name, "status": status, "first": losses[:1], "last": losses[-1:]})
+    if json:
+        sys.stdout.write(jsons.dumps(rows, ensure_ascii=False) + "\n")
+        return
+    if not rows:
+        talk(say("runs.none"), quiet=quiet)
+    width = max((len(row["run"]) for row in rows), default=0)
+    for row in rows:
+        change = " → ".join(number(v[0], 3) for v in (row["first"], row["last"]) if v)
+        sys.stdout.write(f"{row['run']:<{width}}  {say('runs.' + row['status']):<13} {change}\n")
+    if any(row["status"] == "interrupted" for row in rows):
+        talk(say("runs.resume", run=next(r["run"] for r in rows if r["status"] == "interrupted")), quiet=quiet)
+
+
+def answer(writer: Any, prompt: str, settings: dict[str, Any], json: bool = False, quiet: int = 0) -> None:
+    """Write after a prompt: as it comes on a terminal, whole otherwise."""
+    chosen = writer.with_settings(settings)
+    # Sentences may take several attempts, and an attempt that failed should not be seen.
+    live = sys.stdout.isatty() and not json and not chosen.sentences
+    if live:
+        sys.stdout.write(prompt if writer.format == "text" else "")
+    result = writer.generate(prompt, on_text=_show if live else None, **settings)
+    if json:
+        facts = {"prompt": prompt, **{k: getattr(result, k) for k in result.__dataclass_fields__}}
+        sys.stdout.write(jsons.dumps(facts, ensure_ascii=False) + "\n")
+        return
+    if not live:
+        sys.stdout.write((prompt if writer.format == "text" else "") + result.text)
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    if chosen.sentences and result.reason != "sentences":
+        talk(say("generate.not_so_many", wanted=chosen.sentences, n=result.sentences), quiet=quiet)
+    talk(say("generate.footer", tokens=result.tokens, speed=number(result.tokens / max(1e-6, result.seconds), 0),
+             seconds=duration(result.seconds), seed=result.seed, how=_how(chosen)), quiet=quiet)  # fmt: skip
+
+
+def chat(writer: Any, name: str, settings: dict[str, Any]) -> None:
+    """A conversation until `/exit` or the end of the input. Ctrl+C stops the answer, not the chat."""
+    from maese.errors import MaeseError
+    from maese.generate.chat import Chat
+
+    conversation = Chat(writer, **settings)
+    talk(say("chat.hello" if writer.format == "qa" else "chat.hello_text", name=name))
+    while True:
+        try:
+            line = input(say("chat.you") if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            break
+        if line in ("/exit", "/quit", "/salir"):
+            break
+        if line in ("/help", "/?", "/ayuda"):
+            talk(say("chat.help"))
+            continue
+        if line == "/retry":
+            line = conversation.take_back() or ""
+            conversation.settings["seed"] = writer.with_settings(conversation.settings).seed + 1
+        elif line.startswith("/"):
+            try:
+                key, facts = conversation.command(line)
+                talk(say(key, **facts))
+            except MaeseError as problem:
+                talk(str(problem))
+            continue
+        if line:
+            _turn(conversation, line)
+
+
+def _turn(conversation: Any, line: str) -> None:
+    from maese.errors import MaeseError
+
+    if conversation.writer.format == "text":
+        _show(line)
+    try:
+        result = conversation.reply(line, on_text=_show)
+    except KeyboardInterrupt:
+        sys.stdout.write("\n")
+        talk(say("chat.stopped"))
+        return
+    except MaeseError as problem:
+        talk(str(problem))
+        return
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    if conversation.dropped:
+        talk(say("chat.dropped", n=conversation.dropped // 2))
+    chosen = conversation.writer.with_settings(conversation.settings)
+    talk(say("generate.footer", tokens=result.tokens, speed=number(result.tokens / max(1e-6, result.seconds), 0),
+             seconds=duration(result.seconds), seed=result.seed, how=_how(chosen)))  # fmt: skip
+
+
+def _how(settings: Any) -> str:
+    if settings.temperature == 0:
+        return say("generate.greedy")
+    return f"T={number(settings.temperature, 1)} top-k={settings.top_k} top-p={number(settings.top_p, 2)}"
+
+
+def _show(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()

@@ -1,0 +1,1 @@
+"""DOCUMENTS: from whatever file a person has to clean documents and conversations."""

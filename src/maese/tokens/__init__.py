@@ -1,0 +1,1 @@
+"""NUMBERS: from documents and conversations to the ids and masks the model sees."""
