@@ -10,6 +10,7 @@ names the key, what was found and the nearest name.
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from maese.errors import MaeseError
 
+NUMBER = re.compile(r"[+-]?(\d+([.,]\d*)?|[.,]\d+)(e[+-]?\d+)?", re.IGNORECASE)
 Share = Annotated[float, Field(ge=0, le=0.9)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -130,7 +132,7 @@ def load(what: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         key, mark, text = override.partition("=")
         if not mark or not key:
             raise MaeseError("USE-06", found=override)
-        _put(tree, key, _scalar(_parse(text, override)))
+        _put(tree, key, _parse(text, override))
     return check(tree)
 
 
@@ -169,11 +171,8 @@ def _parse(text: str, where: str) -> Any:
 
 def _scalar(value: Any) -> Any:
     """YAML 1.1 reads `2e-4` as text; people mean a number, also with a decimal comma."""
-    if isinstance(value, str):
-        try:
-            return float(value.replace(",", "."))
-        except ValueError:
-            return value
+    if isinstance(value, str) and NUMBER.fullmatch(value):
+        return float(value.replace(",", "."))
     return value
 
 

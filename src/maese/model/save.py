@@ -21,8 +21,8 @@ def save_final(model: Any, tokenizer: Any, folder: Path, recipe: Recipe, base: P
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         try:
-            generation_config(model, recipe).save_pretrained(draft)
             _save_weights(model, draft, recipe, base)
+            generation_config(model, recipe).save_pretrained(draft)  # after the model, which writes its own
             tokenizer.save_pretrained(draft)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
