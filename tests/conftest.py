@@ -1,4 +1,4 @@
-"""Small models made on the spot: an architecture of two layers and a tokenizer of bytes, in a second, with no network."""
+"""Small models made on the spot, with no network: two layers and a tokenizer of bytes, in a second."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-SAMPLE = "En un lugar de la sierra vivía un hidalgo. —¿Quién va? —dijo el ventero. ¡Qué señor! Ñandú, pingüino y cigüeña.\n"
+SAMPLE = (
+    "En un lugar de la sierra vivía un hidalgo. —¿Quién va? —dijo el ventero. ¡Qué señor! Ñandú, pingüino y cigüeña.\n"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +110,8 @@ def recipe(here, tiny, book):
         path.write_text(
             f"name: prueba\nbase: {tiny}\n"
             f"data: {{sources: [{{path: {book}}}], format: text, max_length: 32, too_long: split, validation: 0.2}}\n"
-            "train: {epochs: 1, max_steps: 6, micro_batch: 2, accumulation: 2, lr: 1e-3, precision: fp32, save_every: 2}\n"
+            "train: {epochs: 1, max_steps: 6, micro_batch: 2, accumulation: 2, lr: 1e-3, precision: fp32,"
+            " save_every: 2}\n"
             "eval: {every: 3, prompts: [En un lugar]}\n"
             "generate: {max_new_tokens: 12}\n",
             encoding="utf-8",

@@ -23,7 +23,7 @@ SRC = ROOT / "src" / "maese"
 # The one place where the order is decided: a stage imports its own folder and the rows before it.
 RIVER = (
     "errors, say -> recipe, run -> text -> tokens -> plan -> model -> generate -> evaluate -> train -> export "
-    "-> report, learn -> serve, studio -> live, terminal, cli"
+    "-> report, learn -> serve, studio -> live, terminal, spoken, cli"
 )
 ROWS = [row.split(", ") for row in RIVER.split(" -> ")]
 TOP = [*ROWS[-1], "__init__", "__main__"]
@@ -204,7 +204,7 @@ def shapes(node: ast.AST) -> list[str]:
 def quoted(before: str = "") -> list[str]:
     """Texts in quotes in the templates, as patterns: `say("report.box." ~ row)` is `report\\.box\\..+`."""
     pages = "\n".join(p.read_text("utf-8") for p in files(".html", ".j2", ".typ"))
-    return [re.escape(t) + ".+" * t.endswith(".") for t in re.findall(before + r"""["']([\w.-]+)["']""", pages)]
+    return [re.escape(t) + ".+" * t.endswith((".", "_")) for t in re.findall(before + r"""["']([\w.-]+)["']""", pages)]
 
 
 @law

@@ -17,70 +17,7 @@ import click
 from maese import __version__
 from maese.errors import MaeseError, UsageError
 from maese.say import catalogue, language, say
-
-# Words people bring from other tools or from their own language: suggestions, not aliases.
-FALSE_FRIENDS = {
-    "finetune": "train", "fine-tune": "train", "sft": "train", "run": "train", "entrenar": "train", "ajustar": "train",
-    "infer": "generate", "generar": "generate", "escribir": "generate", "charlar": "chat", "comparar": "compare",
-    "informe": "report", "continuar": "resume", "reanudar": "resume", "nuevo": "new", "datos": "data", "init": "new",
-    "list": "runs", "ls": "runs", "explicar": "explain",
-}  # fmt: skip
-GROUPS = {
-    "start": ("demo", "new", "explain"),
-    "data": ("data",),
-    "train": ("train", "resume", "runs"),
-    "use": ("generate", "chat"),
-    "measure": ("compare", "report"),
-}
-
-
-class Spoken:
-    """Click's own headings in the language of the person."""
-
-    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        pieces = " ".join(self.collect_usage_pieces(ctx))  # type: ignore[attr-defined]
-        formatter.write_usage(ctx.command_path, pieces, prefix=say("cli.usage") + " ")
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        rows = [row for p in self.get_params(ctx) if (row := p.get_help_record(ctx))]  # type: ignore[attr-defined]
-        with formatter.section(say("cli.options")):
-            formatter.write_dl(rows)
-        if isinstance(self, click.Group):
-            self.format_commands(ctx, formatter)
-
-    def get_help_option(self, ctx: click.Context) -> click.Option | None:
-        option = super().get_help_option(ctx)  # type: ignore[misc]
-        if option:
-            option.help = say("cli.help")
-        return option
-
-
-class Command(Spoken, click.Command):
-    """A command with its help in Spanish or English, and its examples below."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, options_metavar=say("cli.options_metavar"), **kwargs)
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        key = "cli." + ctx.command_path.split(" ", 1)[1].replace(" ", "_") + ".examples"
-        if key in catalogue(language()):
-            with formatter.section(say("cli.examples")):
-                for line in say(key).splitlines():
-                    formatter.write(f"  {line}\n")
-
-
-class Group(Spoken, click.Group):
-    command_class = Command
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("subcommand_metavar", say("cli.command_metavar"))
-        super().__init__(*args, options_metavar=say("cli.options_metavar"), **kwargs)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        groups = GROUPS if ctx.parent is None else {"all": tuple(self.commands)}
-        for group, names in groups.items():
-            with formatter.section(say(f"cli.group.{group}")):
-                formatter.write_dl([(name, self.commands[name].get_short_help_str(90)) for name in names])
+from maese.spoken import Group, usage_error
 
 
 @click.group(
@@ -147,6 +84,8 @@ def demo(ctx: click.Context, path: str | None, output: str | None) -> None:
 @click.option("--from", "source", default="quijote", help=say("cli.new.source"))
 @click.pass_context
 def new(ctx: click.Context, name: str, source: str) -> None:
+    import yaml
+
     from maese import recipe as recipes
     from maese import terminal
     from maese.run import write_whole
@@ -155,8 +94,9 @@ def new(ctx: click.Context, name: str, source: str) -> None:
     if path.exists():
         raise MaeseError("RUN-01", path=str(path), free=f"{name}-2.yaml")
     recipes.check({"name": name, "data": {"sources": [{"path": "x"}]}})  # the name itself must be usable
-    text = recipes.find(source).read_text("utf-8")
-    write_whole(path, "".join(f"name: {name}\n" if x.startswith("name:") else x for x in text.splitlines(keepends=True)))
+    text = recipes.text(recipes.find(source))
+    line = yaml.safe_dump({"name": name}, allow_unicode=True)  # quoted when YAML would take it for a number or a no
+    write_whole(path, "".join(line if x.startswith("name:") else x for x in text.splitlines(keepends=True)))
     click.echo(path)
     terminal.talk(say("new.done", path=str(path)), **ctx.obj)
 
@@ -355,7 +295,7 @@ def run(arguments: list[str]) -> int:
         click.echo(str(problem), err=True)
         return problem.exit_code
     except click.ClickException as problem:
-        click.echo(str(_usage(problem)), err=True)
+        click.echo(str(usage_error(problem)), err=True)
         return 2
     except click.exceptions.Exit as leaving:
         return leaving.exit_code
@@ -374,28 +314,3 @@ def run(arguments: list[str]) -> int:
             out.write(traceback.format_exc())
         click.echo(str(MaeseError("BUG-01", path=out.name)), err=True)
         return 3
-
-
-def _usage(problem: click.ClickException) -> UsageError:
-    """Click's structured exceptions in our words."""
-    path = problem.ctx.command_path if isinstance(problem, click.UsageError) and problem.ctx else "maese"
-    if isinstance(problem, click.NoSuchOption):
-        near = problem.possibilities or difflib.get_close_matches(problem.option_name, _options(problem.ctx), n=1, cutoff=0)
-        return UsageError("USE-09", found=problem.option_name, command=path, nearest=(near or ["--help"])[0])
-    if isinstance(problem, click.MissingParameter):
-        name = problem.param.make_metavar(problem.ctx) if problem.param and problem.ctx else "?"
-        return UsageError("USE-10", name=name, command=path)
-    if isinstance(problem, click.BadParameter):
-        name = problem.param.opts[-1] if problem.param else "?"
-        kind = getattr(problem.param.type, "choices", None) if problem.param else None
-        expected = " | ".join(kind) if kind else (problem.param.type.name if problem.param else "?")
-        return UsageError("USE-11", name=name, command=path, expected=expected)
-    if isinstance(problem, click.exceptions.NoSuchCommand):
-        word, known = problem.command_name, getattr(problem.ctx.command, "commands", {}) if problem.ctx else {}
-        near = FALSE_FRIENDS.get(word) or (difflib.get_close_matches(word, known, n=1, cutoff=0) or ["--help"])[0]
-        return UsageError("USE-01", found=word, nearest=near, command=path)
-    return UsageError("USE-10", name=problem.format_message(), command=path)
-
-
-def _options(ctx: click.Context | None) -> list[str]:
-    return [option for p in (ctx.command.params if ctx else []) for option in p.opts]

@@ -114,7 +114,11 @@ def plan_box(event: Event, start: Event) -> str:
     """What is about to happen, before it does."""
     rows = [
         ("base", f"{start['base']} ({quantity(event['parameters'])})"),
-        ("data", say("live.plan.data", rows=event["rows"], tokens=quantity(event["tokens"]), held=event["validation_rows"])),
+        (
+            "data",
+            say("live.plan.data", rows=event["rows"], tokens=quantity(event["tokens"]),
+                held=event["validation_rows"]),
+        ),
         (
             "method",
             say(f"live.plan.{start['method']}", trained=quantity(event["trainable"]),
@@ -122,8 +126,8 @@ def plan_box(event: Event, start: Event) -> str:
         ),
         (
             "steps",
-            say("live.plan.counts", steps=event["steps"], batch=event["micro_batch"], accumulation=event["accumulation"],
-                length=event["max_length"]),
+            say("live.plan.counts", steps=event["steps"], batch=event["micro_batch"],
+                accumulation=event["accumulation"], length=event["max_length"]),
         ),
         (
             "machine",
@@ -154,7 +158,9 @@ class Watcher:
     def __enter__(self) -> Watcher:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         return None
 
     def __call__(self, event: Event) -> None:
@@ -209,7 +215,9 @@ class Panel(Watcher):
         self.live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.live.stop()
 
     def line(self, text: str) -> None:
@@ -233,26 +241,29 @@ class Panel(Watcher):
         return Box(body, title=title, title_align="left", subtitle=say("live.keys"), subtitle_align="left", width=width)
 
     def rows(self, width: int) -> list[str]:
-        """The lines of the panel; a narrow one drops sample, bars and memory, in that order."""
+        """The lines of the panel, none wider than it; a narrow one drops sample, bars and memory, in that order."""
         p, last = self.progress, self.progress.last
         full, empty = ("█", "░") if self.console.encoding.startswith("utf") else ("#", ".")
         cells = min(30, width - 28)
         done = round(p.share * cells)
         rows = [f"{full * done}{empty * (cells - done)}  {percent(p.share, 0)}  " + say("live.left", left=p.left())]
         loss = number(last["loss"], 3) if last else "—"
-        bars = spark(p.losses[-240:]) + "  " if width >= 54 and self.console.encoding.startswith("utf") else ""
+        bars = spark(p.losses[-240:]) + "  " if width >= 72 and self.console.encoding.startswith("utf") else ""
         rows.append(say("live.loss", bars=bars, loss=loss, arrow=p.arrow()))
-        shown = " · ".join(number(loss, 3) for _, loss in p.validations[-4:]) or "—"
-        best = p.best()
-        rows.append(say("live.validations", shown=shown) + (say("live.best", loss=number(best[1], 3), step=best[0]) if best else ""))
-        pace = say("live.pace", step=last.get("step", 0), steps=p.plan["steps"], epoch=number(last.get("epoch", 0.0), 1),
-                   speed=number(last.get("tokens_s", 0.0), 0))  # fmt: skip
+        shown = " · ".join(number(loss, 3) for _, loss in p.validations[-4 if width >= 70 else -1 :]) or "—"
+        best = p.best() if width >= 48 else None
+        rows.append(
+            say("live.validations", shown=shown)
+            + (say("live.best", loss=number(best[1], 3), step=best[0]) if best else "")
+        )
+        epoch, speed = number(last.get("epoch", 0.0), 1), number(last.get("tokens_s", 0.0), 0)
+        pace = say("live.pace", step=last.get("step", 0), steps=p.plan["steps"], epoch=epoch, speed=speed)
         memory = say("live.memory", used=number(last.get("mem_gib", 0.0), 1), total=number(p.plan["memory_gib"], 1))
-        rows.append(pace + (memory if width >= 48 else ""))
-        if width >= 56:
+        rows.append(pace + (memory if width >= 70 else ""))
+        if width >= 74:
             sample = say("live.said", prompt=p.sample["prompt"], text=p.sample["text"]) if p.sample else "—"
             rows.append(shorten(sample, width))
-        return rows
+        return [row if len(row) <= width else row[: width - 1] + "…" for row in rows]
 
 
 def watcher(json: bool = False, quiet: int = 0) -> Watcher:

@@ -10,6 +10,7 @@ names the key, what was found and the nearest name.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,12 +21,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from maese.errors import MaeseError
 
 NUMBER = re.compile(r"[+-]?(\d+([.,]\d*)?|[.,]\d+)(e[+-]?\d+)?", re.IGNORECASE)
+# Names people bring from other tools: suggestions, not aliases.
+FALSE_FRIENDS = {
+    "learning_rate": "train.lr", "batch_size": "train.micro_batch", "per_device_train_batch_size": "train.micro_batch",
+    "gradient_accumulation_steps": "train.accumulation", "num_train_epochs": "train.epochs", "r": "method.rank",
+    "lora_r": "method.rank", "lora_alpha": "method.alpha", "lora_dropout": "method.dropout", "model": "base",
+}  # fmt: skip
+TEXTS = ("name", "base", "path", "output")
 Share = Annotated[float, Field(ge=0, le=0.9)]
 Count = Annotated[int, Field(ge=1)]
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Source(Strict):
@@ -125,15 +133,27 @@ def find(what: str) -> Path:
 def load(what: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read a recipe by path or name and apply dotted overrides such as `train.lr=2e-4`."""
     path = find(str(what))
-    tree = _parse(path.read_text("utf-8"), str(path))
+    tree = _parse(text(path), str(path))
     if not isinstance(tree, dict):
         raise MaeseError("USE-04", path=str(path), line=1, column=1)
     for override in overrides:
-        key, mark, text = override.partition("=")
+        key, mark, value = override.partition("=")
         if not mark or not key:
             raise MaeseError("USE-06", found=override)
-        _put(tree, key, _parse(text, override))
+        _put(tree, key, _parse(value, override))
     return check(tree)
+
+
+def text(path: Path) -> str:
+    """The text of a recipe file. Error: DATA-02 (saved in another encoding)."""
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        line = raw.count(b"\n", 0, problem.start) + 1
+        encoding = "utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "cp1252"
+        fixed = path.with_name(f"{path.stem}.utf8{path.suffix}")
+        raise MaeseError("DATA-02", path=str(path), encoding=encoding, line=line, fixed=str(fixed)) from None
 
 
 def check(tree: dict[str, Any]) -> Recipe:
@@ -181,8 +201,9 @@ def _numbers(tree: Any, key: str = "") -> Any:
         return {k: _numbers(v, str(k)) for k, v in tree.items()}
     if isinstance(tree, list):
         return [_numbers(v) if isinstance(v, dict) else v for v in tree]
-    # Names and texts stay as they were written, even when they look like numbers.
-    return tree if key in ("name", "base", "path", "output") else _scalar(tree)
+    if key in TEXTS:  # names stay text, even those that YAML takes for a number or a date
+        return tree if tree is None or isinstance(tree, str | bool) else str(tree)
+    return _scalar(tree)
 
 
 def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
@@ -201,29 +222,45 @@ def _explain(problem: ValidationError) -> MaeseError:
         if error["type"] == "extra_forbidden":
             first = error
             break
-    key = ".".join(str(part) for part in first["loc"])
+    # Where a field takes one type or another, pydantic adds the type's name to the place.
+    key = ".".join(str(part) for part in first["loc"] if re.fullmatch(r"\w+", str(part)))
     if first["type"] == "extra_forbidden":
-        known = list(fields()) + ["data.sources", *Recipe.model_fields]
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+        value = first["input"]
+        while isinstance(value, dict) and len(value) == 1:  # `tren.lr=1` is told as it was typed
+            key, value = f"{key}.{next(iter(value))}", next(iter(value.values()))
+        leaf_key = key.rsplit(".", 1)[-1]
+        known = [*fields(), "data.sources", *Recipe.model_fields]
+        friend = FALSE_FRIENDS.get(leaf_key)
+        near = [friend] if friend else difflib.get_close_matches(key, known, n=1, cutoff=0.4)
         if not near:
             leaf = {k.rsplit(".", 1)[-1]: k for k in known}
-            near = [leaf[k] for k in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaf, n=1, cutoff=0.4)]
-        return MaeseError("USE-02", key=key, nearest=near[0] if near else "train.lr", value=first["input"])
+            near = [leaf[k] for k in difflib.get_close_matches(leaf_key, leaf, n=1, cutoff=0.4)]
+        return MaeseError("USE-02", key=key, nearest=near[0] if near else "train.lr", value=_typed(value))
     if first["type"] == "missing":
         return MaeseError("USE-07", key=key)
     return MaeseError("USE-03", key=key, found=repr(first["input"]), expected=_expected(first))
 
 
+def _typed(value: Any) -> str:
+    """A value as it is typed on the command line, whatever the language writes numbers like."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
 def _expected(error: Any) -> str:
     """What a field takes, in signs rather than words: `≥ 1`, `cosine | linear`, `int`."""
     facts = error.get("ctx", {})
-    for name, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<")):
+    for name, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"), ("min_length", "≥"), ("max_length", "≤")):
         if name in facts:
             return f"{sign} {facts[name]}"
     if "expected" in facts:
         return str(facts["expected"]).replace(" or ", " | ").replace(", ", " | ").replace("'", "")
     if "pattern" in facts:
         return "a-z, 0-9, «-», «_», «.»"
-    return {"int_parsing": "int", "int_from_float": "int", "float_parsing": "float", "bool_parsing": "true | false"}.get(
-        error["type"], error["type"].removesuffix("_type").removesuffix("_parsing")
-    )
+    if error["type"] == "finite_number":
+        return "< ∞"
+    return {
+        "int_parsing": "int",
+        "int_from_float": "int",
+        "float_parsing": "float",
+        "bool_parsing": "true | false",
+    }.get(error["type"], error["type"].removesuffix("_type").removesuffix("_parsing"))

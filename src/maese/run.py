@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import glob
 import json
 import os
 import platform
@@ -24,6 +25,8 @@ from maese.errors import MaeseError
 
 SCHEMA = 1
 Event = dict[str, Any]
+# Nothing can be written there: no permission, or a file stands where a folder should, or the other way round.
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
 class Run:
@@ -86,12 +89,16 @@ class Run:
         write_whole(self.path / "lock", json.dumps({"pid": os.getpid(), "started": _started(os.getpid())}))
         path = self.path / "events.jsonl"
         cut = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
-        self._events = open(path, "a", encoding="utf-8")
+        self._events = path.open("a", encoding="utf-8")
         if cut:
             self._events.write("\n")
 
     def event(self, type: str, **facts: Any) -> Event:
-        event = {"v": SCHEMA, "t": datetime.datetime.now().astimezone().isoformat(timespec="milliseconds"), "type": type}
+        event = {
+            "v": SCHEMA,
+            "t": datetime.datetime.now().astimezone().isoformat(timespec="milliseconds"),
+            "type": type,
+        }
         event |= facts
         with disk(self.path):
             self._events.write(json.dumps(event, ensure_ascii=False) + "\n")
@@ -133,7 +140,7 @@ def find(what: str | Path) -> Run:
     """An existing run by folder, by name inside `runs/`, or the newest whose name ends so: `find("quijote")`."""
     direct = [Path(what), Path("runs") / str(what)]
     # Two runs of one day are `-2`, `-3`…: the newest folder wins, not the first in the alphabet.
-    named = [p for p in Path("runs").glob(f"*-{what}*") if p.is_dir() and "/" not in str(what)]
+    named = [p for p in Path("runs").glob(f"*-{glob.escape(str(what))}*") if p.is_dir() and "/" not in str(what)]
     for path in direct + sorted(named, key=lambda p: p.stat().st_mtime, reverse=True):
         if (path / "recipe.yaml").is_file():
             return Run(path)
@@ -158,6 +165,7 @@ def environment() -> dict[str, Any]:
 def write_whole(path: Path, text: str) -> None:
     """Replace a file in one move: readers see the old one or the new one, never half of either."""
     with disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{os.getpid()}")
         with open(draft, "w", encoding="utf-8") as out:
             out.write(text)
@@ -174,7 +182,7 @@ def disk(path: Path):
     except OSError as problem:
         if problem.errno in (errno.ENOSPC, errno.EDQUOT):
             raise MaeseError("DISK-01", path=str(path), free=_gigabytes_free(path)) from problem
-        if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if problem.errno in CLOSED:
             raise MaeseError("DISK-02", path=str(path)) from problem
         raise
 

@@ -18,7 +18,9 @@ from maese.run import Run
 from maese.tokens.template import prompt_ids
 
 
-def compare(run: Run, prompts: list[str], on_pair: Callable[[dict], object] | None = None, **settings: Any) -> dict[str, Any]:
+def compare(
+    run: Run, prompts: list[str], on_pair: Callable[[dict], object] | None = None, **settings: Any
+) -> dict[str, Any]:
     """The comparison as plain data, also written to `compare.json` of the run."""
     after = open_writer(run)
     recipe = run.recipe()

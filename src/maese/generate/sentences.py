@@ -1,6 +1,6 @@
 """Sentences of Spanish prose: where they end, so that five means five.
 
-    count("—¿Viene? —dijo. Sí, señor.")     2
+count("—¿Viene? —dijo. Sí, señor.")     2
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def add_lora(model: Any, method: Method) -> Any:
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=method.rank,
-        lora_alpha=method.alpha,
+        lora_alpha=method.alpha,  # type: ignore[arg-type]  # any positive number; its annotation is narrower
         lora_dropout=method.dropout,
         target_modules=targets,
         # GPT-2 keeps its matrices transposed.
@@ -62,7 +62,9 @@ def attach(model: Any, folder: Path, base: Path) -> Any:
     from peft import PeftModel
 
     if not (folder / "adapter_model.safetensors").is_file():
-        raise MaeseError("MODEL-03", base=str(folder), files=", ".join(p.name for p in sorted(folder.glob("*.bin"))) or "—")
+        raise MaeseError(
+            "MODEL-03", base=str(folder), files=", ".join(p.name for p in sorted(folder.glob("*.bin"))) or "—"
+        )
     check_base(folder, base)
     try:
         return PeftModel.from_pretrained(model, str(folder)).eval()

@@ -16,7 +16,9 @@ def fingerprint(model: Any) -> str:
 
     digest = hashlib.sha256()
     adapters = adapters_on(model)
-    named = ((name.replace("base_model.model.", "").replace(".base_layer", ""), p) for name, p in model.named_parameters())
+    named = (
+        (name.replace("base_model.model.", "").replace(".base_layer", ""), p) for name, p in model.named_parameters()
+    )
     for name, parameter in sorted(named, key=lambda pair: pair[0]):
         if "lora_" in name and not adapters:
             continue

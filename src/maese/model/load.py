@@ -55,7 +55,9 @@ def _from_hub(base: str, say_download: Any) -> Path:
     except GatedRepoError as problem:
         raise MaeseError("MODEL-02", base=name) from problem
     except Exception as problem:  # the hub's client raises many kinds; to a person they are one: it did not come
-        raise MaeseError("MODEL-01", base=base, reason=type(problem).__name__, nearest="embedded") from problem
+        raise MaeseError(
+            "MODEL-01", base=base, reason=type(problem).__name__, nearest=_nearest(Path(base))
+        ) from problem
 
 
 def check(folder: Path) -> dict[str, Any]:
@@ -63,7 +65,10 @@ def check(folder: Path) -> dict[str, Any]:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise MaeseError("MODEL-01", base=str(folder), reason="config.json", nearest="embedded")
-    config = json.loads(config_file.read_text("utf-8"))
+    try:
+        config = json.loads(config_file.read_text("utf-8"))
+    except ValueError as problem:
+        raise MaeseError("MODEL-06", base=str(folder), reason=f"config.json: {problem}"[:80]) from problem
     if "auto_map" in config:
         raise MaeseError("MODEL-05", base=str(folder))
     if not weight_files(folder):
@@ -88,13 +93,20 @@ def load_model(folder: Path, dtype: str = "fp32") -> Any:
 
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=kind, use_safetensors=True, trust_remote_code=False, local_files_only=True
-        )
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=kind, use_safetensors=True, trust_remote_code=False, local_files_only=True,
+            output_loading_info=True,
+        )  # fmt: skip
     except SafetensorError as problem:
         raise MaeseError("MODEL-06", base=str(folder), reason=str(problem)[:80]) from problem
     except (ValueError, KeyError) as problem:
         raise MaeseError("MODEL-04", base=str(folder), reason=str(problem).splitlines()[0][:100]) from problem
+    except RuntimeError as problem:
+        if "mismatched" not in str(problem):
+            raise
+        raise MaeseError("MODEL-06", base=str(folder), reason="config.json ≠ *.safetensors") from problem
+    if info["missing_keys"]:  # transformers fills them with random numbers and goes on
+        raise MaeseError("MODEL-06", base=str(folder), reason=f"∅ {min(info['missing_keys'])}")
     return model.eval()
 
 
@@ -107,6 +119,9 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as problem:
         raise MaeseError("TOKEN-01", base=str(folder)) from problem
+    # From a folder without tokenizer files, transformers makes one that knows no word.
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise MaeseError("TOKEN-01", base=str(folder))
     if tokenizer.eos_token_id is None:
         raise MaeseError("TOKEN-02", base=str(folder))
     # A whole book is rendered before it is cut; the warning about its length would be about nothing.

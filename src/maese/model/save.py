@@ -41,7 +41,12 @@ def _save_weights(model: Any, folder: Path, recipe: Recipe, base: Path) -> None:
         model.save_pretrained(folder, safe_serialization=True)
     except SafetensorError as problem:  # it wraps the system's own words about a full disk
         raise OSError(28, str(problem)) from problem
-    about = {"base": recipe.base, "base_sha256": weights_hash(base), "method": recipe.method.kind, "recipe": recipe.name}
+    about = {
+        "base": recipe.base,
+        "base_sha256": weights_hash(base),
+        "method": recipe.method.kind,
+        "recipe": recipe.name,
+    }
     (folder / ABOUT).write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
     if recipe.method.kind == "lora":
         # PEFT writes the path of the base on this machine; another machine needs its name.

@@ -54,10 +54,10 @@ class Diagnosis:
         return say(f"report.verdict.{self.kind}.title")
 
     def reason(self) -> str:
-        key = f"report.verdict.{self.kind}.reason"
-        if not self.facts.get("steps") and has(f"{key}_empty"):  # stopped before there was any loss to speak of
-            key += "_empty"
-        return say(key, **self._worded())
+        empty = f"report.verdict.{self.kind}.reason_empty"  # it stopped before there was any loss to speak of
+        if not self.facts.get("steps") and has(empty):
+            return say(empty, **self._worded())
+        return say(f"report.verdict.{self.kind}.reason", **self._worded())
 
     def change(self) -> str:
         return say(f"report.verdict.{self.kind}.change", **self._worded())

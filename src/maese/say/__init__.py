@@ -35,9 +35,7 @@ def catalogue(lang: str) -> dict[str, str]:
             else:
                 flat[prefix + key] = value
 
-    for file in sorted(resources.files(__name__).iterdir(), key=str):
-        if file.name.endswith(f"{lang}.toml"):
-            walk(tomllib.loads(file.read_text("utf-8")), "")
+    walk(tomllib.loads(resources.files(__name__).joinpath(f"{lang}.toml").read_text("utf-8")), "")
     return flat
 
 
@@ -50,7 +48,7 @@ class _Fill(string.Formatter):
         return number(value, int(spec)) if spec else number(value)
 
 
-def say(key: str, **facts: object) -> str:
+def say(key: str, /, **facts: object) -> str:
     """The sentence for `key` in the current language.
 
     A key with `.one` and `.other` forms is chosen by the fact `n`. Unknown keys raise KeyError: a missing sentence
@@ -101,11 +99,15 @@ def quantity(n: float) -> str:
 
 def error_text(code: str, facts: dict[str, object]) -> str:
     """An error for people: what happened, what was found, what was expected, what to type."""
+    from shlex import quote
+
+    # What is typed must survive a folder with spaces in its name.
+    typed = {k: quote(v) if k in ("path", "run", "value") and isinstance(v, str) else v for k, v in facts.items()}
     lines = [f"error[{code}]: " + say(f"error.{code}.title", **facts)]
     for part in ("found", "expected", "try"):
         if has(f"error.{code}.{part}"):
             label = say(f"error.label.{part}") + ":"
-            body = say(f"error.{code}.{part}", **facts).splitlines()
+            body = say(f"error.{code}.{part}", **(typed if part == "try" else facts)).splitlines()
             lines += [f"  {label:<11} {body[0]}", *(" " * 14 + line for line in body[1:])]
     label = say("error.label.more") + ":"
     return "\n".join([*lines, f"  {label:<11} maese explain {code}"])

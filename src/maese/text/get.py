@@ -1,6 +1,6 @@
 """Texts that can be brought from the network, each named before it is asked for and checked by hash after.
 
-    get("quijote", Path("data"))      data/quijote.txt, header and licence taken off
+get("quijote", Path("data"))      data/quijote.txt, header and licence taken off
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from maese.text.repair import decode, strip_gutenberg
 TEXTS = {
     "quijote": {
         "address": "https://www.gutenberg.org/cache/epub/2000/pg2000.txt",
-        "mirrors": ["https://www.gutenberg.org/files/2000/2000-0.txt", "https://www.gutenberg.org/ebooks/2000.txt.utf-8"],
+        "mirrors": [
+            "https://www.gutenberg.org/files/2000/2000-0.txt",
+            "https://www.gutenberg.org/ebooks/2000.txt.utf-8",
+        ],
         # Gutenberg changes header and licence now and then, and a correction of the text changes nothing else: what
         # is checked is the book itself, words only, without them.
         "words_sha256": "b853e8199dfa69690f3b29b9214cfd44db67e7a869c385e03dd99c9ffb08f63b",
@@ -26,7 +29,7 @@ TEXTS = {
 
 
 def words_sha256(text: str) -> str:
-    """A hash of the words alone, indifferent to line breaks and byte marks: `words_sha256("a  b") == words_sha256("a b")`."""
+    """A hash of the words alone, whatever the line breaks: `words_sha256("a  b") == words_sha256("a b")`."""
     return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()
 
 
@@ -41,21 +44,25 @@ def get(name: str, folder: Path, fetch=None) -> tuple[Path, int]:
     text than the one known).
     """
     known = _known(name)
+    from http.client import HTTPException
+
     fetch = fetch or _fetch
     raw, last = b"", ""
     for place in (known["address"], *known["mirrors"]):
         try:
             raw = fetch(place)
             break
-        except OSError as problem:
+        except (OSError, HTTPException) as problem:
             last = type(problem).__name__
     if not raw:
         raise MaeseError("NET-01", name=name, address=known["address"], reason=last)
-    text, _ = strip_gutenberg(*decode(raw, name))
-    found = words_sha256(text)
+    try:
+        text, _ = strip_gutenberg(*decode(raw, name))
+        found = words_sha256(text)
+    except MaeseError:  # not even text: the page of a hotel's network, say
+        text, found = "", hashlib.sha256(raw).hexdigest()
     if found != known["words_sha256"]:
         raise MaeseError("NET-02", name=name, found=found[:16], expected=known["words_sha256"][:16])
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.txt"
     write_whole(path, text + "\n")
     return path, len(text.split())

@@ -134,7 +134,7 @@ def _pair(block: list[str], path: str, start: int) -> Conversation:
     said = {name: "\n".join(lines).strip() for name, lines in parts.items()}
     for name, label in (("question", "Pregunta:"), ("answer", "Respuesta:")):
         if not said.get(name):
-            first = next(part.strip() for part in block if part.strip())
-            raise MaeseError("DATA-08", path=path, line=line, label=label, found=first[:60])
+            at, first = next((i, part.strip()) for i, part in enumerate(block) if part.strip())
+            raise MaeseError("DATA-08", path=path, line=start + at, label=label, found=first[:60])
     turns = (Message("user", said["question"]), Message("assistant", said["answer"]))
     return Conversation(turns, id=f"{path}#{line}", meta={"line": line})

@@ -20,7 +20,8 @@ def tail(documents: list[Document], share: float) -> tuple[list[Document], list[
     if len(documents) >= 10:  # one document a line: whole documents from the end
         cut = max(1, round(len(documents) * (1 - share)))
         return documents[:cut], documents[cut:]
-    train, held = [], []
+    train: list[Document] = []
+    held: list[Document] = []
     for document in documents:
         # A text without line breaks is cut at a word, never inside one.
         pieces = re.findall(r"[^\n]*\n|[^\n]+", document.text)

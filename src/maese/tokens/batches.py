@@ -26,7 +26,9 @@ def steps_per_epoch(rows: int, micro_batch: int, accumulation: int) -> int:
     return math.ceil(rows / (micro_batch * accumulation))
 
 
-def batches(rows: int, micro_batch: int, accumulation: int, seed: int, start: int, stop: int) -> Iterator[list[list[int]]]:
+def batches(
+    rows: int, micro_batch: int, accumulation: int, seed: int, start: int, stop: int
+) -> Iterator[list[list[int]]]:
     """For each step in `[start, stop)`, its micro-batches as lists of row numbers.
 
     Every row is seen once an epoch; the last step of an epoch may be smaller.

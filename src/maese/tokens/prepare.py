@@ -40,11 +40,10 @@ def prepare(data: Data, tokenizer: Any, longest: int) -> Prepared:
         raise MaeseError("DATA-07", path=first.path, format=first.format, other=other.path, other_format=other.format)
     kind = shapes.pop()
     dropped: Counter[str] = Counter()
-    sides = []
-    for side in _divide(readings, data.validation):
-        rows = [render(item, tokenizer, data.loss) for item in side]
-        sides.append(list(_settle(rows, data, dropped)))
-    train, validation = sides
+    divided = _divide(readings, data.validation)
+    sides = [[render(item, tokenizer, data.loss) for item in side] for side in divided]
+    _refuse_long([*sides[0], *sides[1]], data)
+    train, validation = (list(_settle(rows, data, dropped)) for rows in sides)
     if len(train) < FEWEST_ROWS or (data.validation and not validation):
         needed = FEWEST_ROWS + int(data.validation > 0)
         found = sum(len(row) for row in train + validation)
@@ -64,19 +63,26 @@ def _divide(readings: list[read.Reading], share: float):
     train: list = []
     held: list = []
     for reading in readings:
-        sides = split.tail(reading.documents, share) if reading.documents else split.by_hash(reading.conversations, share)
+        sides = (
+            split.tail(reading.documents, share) if reading.documents else split.by_hash(reading.conversations, share)
+        )
         train += sides[0]
         held += sides[1]
     return train, held
 
 
+def _refuse_long(rows: list[Example], data: Data) -> None:
+    """DATA-09 over everything there is: the length it proposes must fit what is kept apart too."""
+    long = [row for row in rows if len(row) > data.max_length]
+    if long and data.too_long == "error":
+        longest = max(long, key=len)
+        facts = {"longest": len(longest), "where": longest.id}
+        raise MaeseError("DATA-09", count=len(long), total=len(rows), limit=data.max_length, **facts)
+
+
 def _settle(rows: list[Example], data: Data, dropped: Counter[str]):
     """Rows that fit, by the recipe's choice: error, drop, truncate (the end token stays) or split (raw text)."""
     limit = data.max_length
-    long = [row for row in rows if len(row) > limit]
-    if long and data.too_long == "error":
-        longest = max(long, key=len)
-        raise MaeseError("DATA-09", count=len(long), total=len(rows), limit=limit, longest=len(longest), where=longest.id)
     for row in rows:
         if not row.targets:
             dropped["nothing_to_learn"] += 1
@@ -90,9 +96,9 @@ def _settle(rows: list[Example], data: Data, dropped: Counter[str]):
             yield cut
         else:
             for start in range(0, len(row), limit):
-                ids = row.ids[start : start + limit]
-                if len(ids) > 1:
-                    yield Example(ids, [0, *row.mask[start + 1 : start + limit]], f"{row.id}@{start}")
+                ids, mask = row.ids[start : start + limit], [0, *row.mask[start + 1 : start + limit]]
+                if any(mask):  # a piece of a question alone has nothing to be learnt from
+                    yield Example(ids, mask, f"{row.id}@{start}")
 
 
 def _count(rows: list[Example]) -> dict[str, int]:

@@ -56,7 +56,7 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any], list[tuple[str, str]]]:
 
     Error: RESUME-02 when none is left.
     """
-    refused = []
+    refused: list[tuple[str, str]] = []
     for path in sorted(folder.glob("step-??????"), reverse=True):
         wrong = damage(path)
         if wrong is None:

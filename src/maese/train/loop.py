@@ -101,7 +101,7 @@ def train(recipe: Recipe, watch: Watch = None) -> runs.Run:
 
 
 def resume(run: runs.Run, watch: Watch = None) -> runs.Run:
-    """Go on with a run that stopped. Errors: RUN-04 (it had ended), RESUME-01 (data changed), RESUME-02 (no checkpoint)."""
+    """Go on with a run that stopped. Errors: RUN-04 (it had ended), RESUME-01 (data or base changed), RESUME-02."""
     state = run.read("state.json") or {}
     if state.get("status") == "finished":
         raise MaeseError("RUN-04", run=str(run.path))
@@ -223,7 +223,8 @@ def _step(session: Session, micro_batches: list[list[Any]], lr: float) -> tuple[
     if not math.isfinite(loss_value) or not (math.isfinite(norm) or session.machine.precision == "fp16"):
         session.tell("error", step=session.state.step + 1, code="NUM-01", facts={"loss": str(loss_value), "lr": lr})
         _end(session, "error", None)
-        raise MaeseError("NUM-01", step=session.state.step + 1, run=str(session.run.path), lower=f"{session.recipe.train.lr / 5:.0e}")
+        lower = f"{session.recipe.train.lr / 5:.0e}"
+        raise MaeseError("NUM-01", step=session.state.step + 1, run=str(session.run.path), lower=lower)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -252,10 +253,11 @@ def _look(session: Session, final: bool) -> None:
         return
     was_training = model.training
     model.eval()
-    writer = Writer(model, session.tokenizer, recipe.generate, recipe.data.format)
+    short = min(GLANCE_TOKENS, recipe.generate.max_new_tokens)
+    glance = recipe.generate.model_copy(update={"max_new_tokens": short, "sentences": None})
+    writer = Writer(model, session.tokenizer, recipe.generate if whole else glance, recipe.data.format)
     for prompt in recipe.eval.prompts if whole else recipe.eval.prompts[:1]:
-        shorter = {} if whole else {"max_new_tokens": min(GLANCE_TOKENS, recipe.generate.max_new_tokens), "sentences": None}
-        answer = writer.generate(prompt, **shorter)
+        answer = writer.generate(prompt)
         session.tell("sample", step=state.step, prompt=prompt, text=answer.text, final=final)
     model.train(was_training)
 

@@ -1,0 +1,89 @@
+"""Weights: fingerprints that tell them apart, and comparisons that prove it."""
+
+from __future__ import annotations
+
+import pytest
+
+from maese.errors import MaeseError
+from maese.evaluate.compare import compare
+from maese.model import adapter, load
+from maese.model.fingerprint import adapters_on, fingerprint, parameters, untouched
+from maese.recipe import Method
+from maese.train.loop import train
+
+
+def test_a_fingerprint_changes_with_any_weight(tiny):
+    import torch
+
+    one, two = load.load_model(tiny), load.load_model(tiny)
+    assert fingerprint(one) == fingerprint(two)
+    with torch.no_grad():
+        two.transformer.h[1].mlp.c_fc.bias[3] += 1e-6
+    assert fingerprint(one) != fingerprint(two)
+
+
+def test_adapters_count_only_while_they_are_on(tiny):
+    base = fingerprint(load.load_model(tiny))
+    model = adapter.add_lora(load.load_model(tiny), Method(kind="lora", rank=2))
+    assert adapters_on(model) and fingerprint(model) != base
+    with untouched(model):
+        assert not adapters_on(model) and fingerprint(model) == base
+    every, trained = parameters(model)
+    assert 0 < trained < every
+
+
+def test_lora_touches_what_was_asked_and_nothing_else(tiny):
+    model = adapter.add_lora(load.load_model(tiny), Method(kind="lora", rank=4, targets=["c_attn"]))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all("c_attn.lora_" in name for name in trained)
+    # r × (in + out) for each of the two layers: 4 × (32 + 96)
+    assert parameters(model)[1] == 2 * 4 * (32 + 96)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_before_and_after_are_two_models_and_it_is_proved(recipe, method):
+    run = train(recipe(f"method.kind={method}", "train.lr=1e-2"))
+    result = compare(run, ["En un lugar", "El señor"], max_new_tokens=15)
+    assert result["before"]["fingerprint"] != result["after"]["fingerprint"]
+    assert result["max_logit_difference"] > 0
+    assert [p["prompt"] for p in result["prompts"]] == ["En un lugar", "El señor"]
+    assert run.read("compare.json") == result
+
+
+def test_the_before_side_is_the_untouched_base(recipe, tiny):
+    """With an adapter, both sides live in one model: the left one must still be the base, word for word."""
+    from maese.generate.engine import open_writer
+
+    run = train(recipe("method.kind=lora", "train.lr=1e-2"))
+    result = compare(run, ["En un lugar"], max_new_tokens=15)
+    base = open_writer(str(tiny))
+    settings = {k: v for k, v in result["settings"].items() if v is not None}
+    assert result["prompts"][0]["before"] == base.generate("En un lugar", **settings).text
+    assert result["before"]["fingerprint"] == fingerprint(base.model)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_two_equal_sides_are_an_error(recipe, method):
+    """A rate too small to move anything: the comparison refuses to print two columns."""
+    run = train(recipe(f"method.kind={method}", "train.lr=1e-30", "train.weight_decay=0"))
+    with pytest.raises(MaeseError) as problem:
+        compare(run, ["En un lugar"])
+    assert problem.value.code == "COMPARE-01" and not (run.path / "compare.json").exists()
+
+
+def test_the_embedded_model_is_what_its_card_says():
+    import json
+
+    model = load.load_model(load.EMBEDDED)
+    every, _ = parameters(model)
+    assert 8e6 <= every <= 15e6
+    assert load.context_of(model) == 512
+    size = sum(p.stat().st_size for p in load.EMBEDDED.iterdir())
+    assert size <= 40e6
+    card = (load.EMBEDDED / "MODEL_CARD.md").read_text("utf-8")
+    scores = json.loads((load.EMBEDDED / "scores.json").read_text("utf-8"))
+    assert f"{scores['bits_per_byte']:.3f}" in card
+    tokenizer = load.load_tokenizer(load.EMBEDDED)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    text = "En un lugar de la Mancha, «¿qué?» ñandú 🐤\n\n  fin"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
