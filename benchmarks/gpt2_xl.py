@@ -30,6 +30,7 @@ def build(folder: Path) -> None:
     torch.set_default_dtype(torch.bfloat16)
     with no_init_weights():
         model = GPT2LMHeadModel(config)
+    model.tie_weights()  # part of the initialisation that was left out
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.fill_(1.0) if ".ln_" in name and name.endswith("weight") else parameter.normal_(0, 0.02)

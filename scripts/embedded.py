@@ -40,7 +40,7 @@ ROWS = 16  # windows of CONTEXT tokens in a step
 # half keeps its positions, so that all are trained, and the last phase joins them again while the rate falls to zero.
 # The first phase was begun with rates that proved too high: from its end, 50 steps at 1e-3 went 0.06 nats lower than
 # 50 more like it.
-PHASES = [(300, 512, 3e-3, 3e-3), (1500, 256, 2e-3, 1e-3), (2200, 512, 2e-3, 1e-3)]
+PHASES = [(300, 512, 3e-3, 3e-3), (1300, 256, 2e-3, 1e-3), (1800, 512, 2e-3, 1e-3)]
 # The pattern is the one Qwen2 uses, known to llama.cpp, so that the model can be exported to GGUF.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -122,7 +122,9 @@ def test_a_misspelt_key_finds_its_nearest(typed, nearest):
     assert facts["value"] == "0.0002" or nearest == "name"
 
 
-@pytest.mark.parametrize("change", ["train.epochs=.inf", "train.weight_decay=.inf", "train.lr=.nan", "method.alpha=.inf"])
+@pytest.mark.parametrize(
+    "change", ["train.epochs=.inf", "train.weight_decay=.inf", "train.lr=.nan", "method.alpha=.inf"]
+)
 def test_a_number_without_end_is_not_a_number(change):
     with pytest.raises(MaeseError, match="USE-03"):
         recipes.load("quijote", [change])

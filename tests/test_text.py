@@ -63,7 +63,9 @@ def test_header_licence_and_credits_of_gutenberg_are_taken_off():
     assert notes[0][1]["lines"] == BOOK.count("\n") - body.count("\n")
 
 
-@pytest.mark.parametrize("mark", ["***START OF THIS PROJECT GUTENBERG EBOOK X***", "*** START OF THE PROJECT GUTENBERG X"])
+@pytest.mark.parametrize(
+    "mark", ["***START OF THIS PROJECT GUTENBERG EBOOK X***", "*** START OF THE PROJECT GUTENBERG X"]
+)
 def test_older_marks_and_a_missing_end(mark):
     assert strip_gutenberg(f"cabecera\n{mark}\n\nTexto.\n", [])[0] == "Texto."
 

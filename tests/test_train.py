@@ -310,15 +310,32 @@ def test_a_checkpoint_is_whole_or_not_there(recipe, file):
     assert checkpoint.damage(folder) == file
 
 
-def test_nothing_to_resume(recipe):
+def test_what_ended_is_not_resumed_and_what_is_all_damaged_cannot(recipe):
     run = train(recipe("output=hecho"))
     with pytest.raises(MaeseError, match="RUN-04"):
         resume(run)
-    other = Run("vacio")
-    other.path.mkdir()
-    (other.path / "recipe.yaml").write_text((run.path / "recipe.yaml").read_text("utf-8"), "utf-8")
+    run.write("state.json", {"status": "training"})
+    for folder in run.checkpoints.glob("step-*"):
+        (folder / "rng.safetensors").unlink()
     with pytest.raises(MaeseError, match="RESUME-02"):
-        resume(other)
+        resume(run)
+
+
+def test_a_run_cut_before_its_first_checkpoint_begins_anew(recipe):
+    straight = _straight(recipe)
+
+    class Cut(Exception):
+        pass
+
+    def cut_at_1(event):
+        if event["type"] == "step":
+            raise Cut
+
+    with pytest.raises(Cut):
+        train(recipe("output=cut"), watch=cut_at_1)
+    run = resume(Run("cut"))
+    assert weights(run) == weights(straight)
+    assert [e["step"] for e in run.history() if e["type"] == "validation"] == [0, 3, 6]
 
 
 def test_changed_data_is_refused_on_resume(recipe, book):
@@ -357,3 +374,25 @@ def test_the_rate_climbs_once_and_never_starts_at_zero(schedule):
     rates = [rate(step, 100, chosen) for step in range(100)]
     assert rates[0] > 0 and max(rates) == pytest.approx(1.0)
     assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(recipe, here):
+    """torchrun with two processes on this machine: the losses of one, also when a step leaves one without work."""
+    common = (
+        f"base={_no_dropout(here)}",
+        "train.max_steps=25",
+        "train.epochs=9",
+        "eval.prompts=[]",
+        "train.accumulation=3",
+    )
+    alone = train(recipe(*common, "output=one"))
+    recipe()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", "-m"]
+    command += ["maese", "train", "receta.yaml", "output=two", *common]
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert len(list(here.glob("two*"))) == 1 and not (here / "metrics.json").exists()
+    assert done.stdout.split() == ["two"]
+    for one, other in zip(steps(alone), steps(Run("two")), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)

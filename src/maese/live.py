@@ -15,7 +15,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-from maese.run import Event
+from maese.run import Event, first_process
 from maese.say import duration, has, number, percent, quantity, say
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -270,7 +270,7 @@ def watcher(json: bool = False, quiet: int = 0) -> Watcher:
     """The right way of showing a run on this stream."""
     if json:
         return Events(quiet)
-    if quiet or not sys.stderr.isatty():
+    if quiet or not sys.stderr.isatty() or not first_process():
         return Watcher(quiet)
     with contextlib.suppress(ImportError):
         return Panel(quiet)

@@ -228,10 +228,10 @@ def _explain(problem: ValidationError) -> MaeseError:
         value = first["input"]
         while isinstance(value, dict) and len(value) == 1:  # `tren.lr=1` is told as it was typed
             key, value = f"{key}.{next(iter(value))}", next(iter(value.values()))
-        leaf_key = key.rsplit(".", 1)[-1]
+        leaf_key = key.rsplit(".", 1)[-1].lower()
         known = [*fields(), "data.sources", *Recipe.model_fields]
         friend = FALSE_FRIENDS.get(leaf_key)
-        near = [friend] if friend else difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+        near = [friend] if friend else difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.4)
         if not near:
             leaf = {k.rsplit(".", 1)[-1]: k for k in known}
             near = [leaf[k] for k in difflib.get_close_matches(leaf_key, leaf, n=1, cutoff=0.4)]

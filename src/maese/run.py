@@ -15,7 +15,6 @@ import glob
 import json
 import os
 import platform
-import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -76,7 +75,8 @@ class Run:
         kept: list[Event] = []
         for event in self.events():
             if event["type"] == "start" and event.get("resumed_from") is not None:
-                kept = [e for e in kept if e.get("step", 0) <= event["resumed_from"] and e["type"] != "end"]
+                past = event["resumed_from"]  # 0: it began anew
+                kept = [e for e in kept if past and e.get("step", 0) <= past and e["type"] not in ("end", "error")]
             kept.append(event)
         return kept
 
@@ -148,6 +148,11 @@ def find(what: str | Path) -> Run:
     raise MaeseError("RUN-02", run=str(what), known=", ".join(known[:5]) or "—")
 
 
+def first_process() -> bool:
+    """Whether this is the process that speaks and writes, when several train together (torchrun sets RANK)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def environment() -> dict[str, Any]:
     """What another person needs to repeat the run, or to know why it came out otherwise."""
     packages = ("torch", "transformers", "tokenizers", "accelerate", "peft", "safetensors", "numpy")
@@ -207,7 +212,3 @@ def _started(pid: int) -> float | None:
         return psutil.Process(pid).create_time()
     except psutil.Error:
         return None
-
-
-def now() -> float:
-    return time.monotonic()

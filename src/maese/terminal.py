@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from maese.live import shorten, watcher
-from maese.run import Run
+from maese.run import Run, first_process
 from maese.say import duration, number, percent, say
 
 __all__ = ["answer", "chat", "close", "comparison", "demo_verdict", "list_runs", "talk", "watcher", "write_papers"]
@@ -33,6 +33,8 @@ def write_papers(run: Run) -> dict[str, Any]:
 
 def close(run: Run, json: bool = False, quiet: int = 0) -> None:
     """The end of a training: figures, verdict, the test question answered, what to do next."""
+    if not first_process():
+        return
     from maese.report.diagnosis import diagnose
     from maese.report.summary import box
 

@@ -107,7 +107,7 @@ def error_text(code: str, facts: dict[str, object]) -> str:
     for part in ("found", "expected", "try"):
         if has(f"error.{code}.{part}"):
             label = say(f"error.label.{part}") + ":"
-            body = say(f"error.{code}.{part}", **(typed if part == "try" else facts)).splitlines()
+            body = say(f"error.{code}.{part}", **(typed if part == "try" else facts)).splitlines() or ["—"]
             lines += [f"  {label:<11} {body[0]}", *(" " * 14 + line for line in body[1:])]
     label = say("error.label.more") + ":"
     return "\n".join([*lines, f"  {label:<11} maese explain {code}"])

@@ -9,16 +9,16 @@ in the whole step; clip; look at the numbers before they touch the weights; move
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from maese import recipe as recipes
 from maese import run as runs
 from maese.errors import Interrupted, MaeseError
 from maese.evaluate.likelihood import loss_sum, mean_loss
@@ -79,6 +79,11 @@ class Session:
         whole = max(1, math.ceil(train.epochs * each))
         return min(whole, train.max_steps) if train.max_steps else whole
 
+    def note(self, **state: Any) -> None:
+        """Write how the run stands now to state.json."""
+        if self.main:
+            self.run.write("state.json", state)
+
     def tell(self, type: str, **facts: Any) -> None:
         """Write an event and show it to whoever watches."""
         if self.main:
@@ -91,50 +96,77 @@ def train(recipe: Recipe, watch: Watch = None) -> runs.Run:
     """Train a recipe from its base in a new run folder. Errors: all of reading, loading, disk, and NUM-01."""
     session = _open(recipe, None, watch)
     with _closing(session):
-        session.run.write("data.json", session.data.facts)
-        session.tell("start", step=0, resumed_from=None, name=recipe.name, base=recipe.base, method=recipe.method.kind)
-        _say_notes(session)
-        _plan(session)
-        _look(session, final=False)
+        _begin(session, resumed_from=None)
         _loop(session)
     return session.run
 
 
 def resume(run: runs.Run, watch: Watch = None) -> runs.Run:
-    """Go on with a run that stopped. Errors: RUN-04 (it had ended), RESUME-01 (data or base changed), RESUME-02."""
-    state = run.read("state.json") or {}
-    if state.get("status") == "finished":
+    """Go on with a run that stopped: from its last whole checkpoint, or from the start if it had none yet.
+
+    Errors: RUN-04 (it had ended), RESUME-01 (data or base changed), RESUME-02 (no checkpoint is whole).
+    """
+    if (run.read("state.json") or {}).get("status") == "finished":
         raise MaeseError("RUN-04", run=str(run.path))
-    if not any(run.checkpoints.glob("step-??????")):
-        raise MaeseError("RESUME-02", folder=str(run.checkpoints), refused="—")
     session = _open(run.recipe(), run, watch)
     with _closing(session):
-        before = {source["path"]: source["sha256"] for source in run.read("data.json")["sources"]}
-        for source in session.data.facts["sources"]:
-            if before.get(source["path"]) != source["sha256"]:
-                raise MaeseError("RESUME-01", path=source["path"], run=str(run.path))
-        path, manifest, refused = checkpoint.newest(run.checkpoints)
-        if manifest["state"]["base_sha256"] != load.weights_hash(session.base):
-            raise MaeseError("RESUME-01", path=session.recipe.base, run=str(run.path))
-        facts = {"name": session.recipe.name, "base": session.recipe.base, "method": session.recipe.method.kind}
-        session.tell("start", step=manifest["step"], resumed_from=manifest["step"], **facts)
-        for name, file in refused:
-            session.tell("warning", step=manifest["step"], code="RESUME-03", facts={"checkpoint": name, "file": file})
-        _plan(session)
-        session.state = State(**{k: v for k, v in manifest["state"].items() if k in State.__dataclass_fields__})
-        checkpoint.restore(path, session.accelerator.unwrap_model(session.model), session.optimizer.optimizer)
+        _same_data(session)
+        if any(run.checkpoints.glob("step-??????")):
+            _go_back(session)
+        else:
+            _begin(session, resumed_from=0)
         _loop(session)
     return session.run
+
+
+def _begin(session: Session, resumed_from: int | None) -> None:
+    """The first events of a run: what it is, what it will cost, and what the untouched base does."""
+    if session.main:
+        session.run.write("data.json", session.data.facts)
+    _start(session, 0, resumed_from)
+    for key, facts in session.data.notes:
+        session.tell("warning", step=0, code=key, facts=facts)
+    _plan(session)
+    _look(session, final=False)
+
+
+def _go_back(session: Session) -> None:
+    """Put everything as it was at the newest checkpoint that is whole, and say which were not."""
+    path, manifest, refused = checkpoint.newest(session.run.checkpoints)
+    if manifest["state"]["base_sha256"] != load.weights_hash(session.base):
+        raise MaeseError("RESUME-01", path=session.recipe.base, run=str(session.run.path))
+    _start(session, manifest["step"], manifest["step"])
+    for name, file in refused:
+        session.tell("warning", step=manifest["step"], code="RESUME-03", facts={"checkpoint": name, "file": file})
+    _plan(session)
+    session.state = State(**{k: v for k, v in manifest["state"].items() if k in State.__dataclass_fields__})
+    checkpoint.restore(path, session.accelerator.unwrap_model(session.model), session.optimizer.optimizer)
+
+
+def _start(session: Session, step: int, resumed_from: int | None) -> None:
+    recipe = session.recipe
+    facts = {"name": recipe.name, "base": recipe.base, "method": recipe.method.kind}
+    session.tell("start", step=step, resumed_from=resumed_from, **facts)
+
+
+def _same_data(session: Session) -> None:
+    known = session.run.read("data.json")
+    before = {source["path"]: source["sha256"] for source in known["sources"]} if known else {}
+    for source in session.data.facts["sources"]:
+        if before and before.get(source["path"]) != source["sha256"]:
+            raise MaeseError("RESUME-01", path=source["path"], run=str(session.run.path))
 
 
 def _open(recipe: Recipe, run: runs.Run | None, watch: Watch) -> Session:
     """Load base and data, put the adapters on, and take hold of the run folder."""
     import torch
     from accelerate import Accelerator
+    from accelerate.utils import broadcast_object_list
 
     here = machine(recipe.train)
     load.quiet()
     base = load.resolve(recipe.base)
+    load.check(base)  # before the tokenizer, whose absence would be told instead
     tokenizer = load.load_tokenizer(base)
     # Frozen weights can stay in few bits; what trains keeps 32, or small updates would be rounded away.
     frozen = recipe.method.kind == "lora" and here.precision != "fp32"
@@ -151,15 +183,16 @@ def _open(recipe: Recipe, run: runs.Run | None, watch: Watch) -> Session:
     model, optimizer = accelerator.prepare(model, build_optimizer(model, recipe.train))
     # What was asked and what it became: the saved recipe repeats this run on a file whose shape it no longer guesses.
     resolved = recipe.model_copy(update={"data": recipe.data.model_copy(update={"format": data.format})})
-    if run is None:
-        run = runs.create(resolved) if accelerator.is_main_process else runs.Run("")
-        if accelerator.is_main_process:
-            from maese.recipe import dump
-
-            run.write("recipe.yaml", dump(resolved.model_copy(update={"output": str(run.path)})))
+    if accelerator.is_main_process:
+        if run is None:
+            run = runs.create(resolved)
+            run.write("recipe.yaml", recipes.dump(resolved.model_copy(update={"output": str(run.path)})))
             run.write("environment.json", runs.environment() | {"device": here.facts()})
-    elif accelerator.is_main_process:
-        run.open_for_writing()
+        else:
+            run.open_for_writing()
+    # Every process must know the folder that the first one took.
+    (path,) = broadcast_object_list([str(run.path) if run else None])
+    run = run or runs.Run(path)
     return Session(run, resolved, model, tokenizer, data, here, accelerator, base, watch, optimizer)
 
 
@@ -167,7 +200,7 @@ def _loop(session: Session) -> None:
     recipe, state, steps = session.recipe, session.state, session.steps
     rows, train = session.data.train, recipe.train
     each = steps_per_epoch(len(rows), train.micro_batch, train.accumulation)
-    session.run.write("state.json", {"status": "training", "steps": steps})
+    session.note(status="training", steps=steps)
     session.model.train()
     reason = "finished"
     plan = batches(len(rows), train.micro_batch, train.accumulation, train.seed, state.step, steps)
@@ -190,7 +223,7 @@ def _loop(session: Session) -> None:
                 break
         if session.stop_signal:
             _save(session)
-            session.run.write("state.json", {"status": "interrupted", "step": state.step, "steps": steps})
+            session.note(status="interrupted", step=state.step, steps=steps)
             _end(session, "interrupted", None)
             raise Interrupted("RUN-06", session.stop_signal, step=state.step, run=str(session.run.path))
         if state.step % train.save_every == 0 and not last:
@@ -204,15 +237,18 @@ def _step(session: Session, micro_batches: list[list[Any]], lr: float) -> tuple[
     world, rank = accelerator.num_processes, accelerator.process_index
     # What the whole step learns from, on every process: the mean is over targets, not over micro-batches.
     targets = sum(example.targets for rows in micro_batches for example in rows)
-    mine = micro_batches[rank::world]
+    # A process left without work in a short step still takes part in the exchange, with a loss that weighs nothing.
+    mine, weight = micro_batches[rank::world], world / targets
+    if not mine:
+        mine, weight = micro_batches[:1], 0.0
     pad, total = load.pad_id(session.tokenizer), 0.0
     for i, rows in enumerate(mine):
         batch = {k: v.to(accelerator.device) for k, v in collate(rows, pad).items()}
-        with accelerator.no_sync(session.model) if i + 1 < len(mine) else _nothing():
+        with accelerator.no_sync(session.model) if i + 1 < len(mine) else nullcontext():
             loss = loss_sum(session.model, batch)
             # Distribution averages the gradients over processes; this makes it the sum again.
-            accelerator.backward(loss * (world / targets))
-        total += float(loss.detach())
+            accelerator.backward(loss * weight)
+        total += float(loss.detach()) if weight else 0.0
     if world > 1:
         import torch
 
@@ -275,7 +311,7 @@ def _finish(session: Session, reason: str) -> None:
         save_final(model, session.tokenizer, session.run.final, recipe, session.base)
         session.tell("saved", step=chosen, what="final", path=str(session.run.final))
     _look(session, final=True)
-    session.run.write("state.json", {"status": "finished", "step": state.step, "final_step": chosen})
+    session.note(status="finished", step=state.step, final_step=chosen)
     _end(session, reason, chosen)
 
 
@@ -322,11 +358,6 @@ def _plan(session: Session) -> None:
     )  # fmt: skip
 
 
-def _say_notes(session: Session) -> None:
-    for key, facts in session.data.notes:
-        session.tell("warning", step=0, code=key, facts=facts)
-
-
 @contextmanager
 def _closing(session: Session):
     """Stop politely on the first Ctrl+C or SIGTERM, at once on the second; let go of the folder whatever happens."""
@@ -341,9 +372,10 @@ def _closing(session: Session):
     try:
         yield
     except MaeseError as problem:
-        if not isinstance(problem, Interrupted) and session.run._events is not None:
-            status = {"status": "error", "step": session.state.step, "code": problem.code}
-            _try(lambda: session.run.write("state.json", status))
+        if not isinstance(problem, Interrupted):
+            # A disk that is still full must not hide what brought us here.
+            with suppress(MaeseError, OSError):
+                session.note(status="error", step=session.state.step, code=problem.code)
         raise
     finally:
         for number, handler in before.items():
@@ -351,16 +383,3 @@ def _closing(session: Session):
         session.run.close()
         # One process may train several recipes; Accelerate keeps its settings for the whole process otherwise.
         session.accelerator.free_memory()
-
-
-def _try(act: Callable[[], object]) -> None:
-    """Do something on the way out that must not hide the error that brought us here."""
-    try:
-        act()
-    except (MaeseError, OSError, json.JSONDecodeError):
-        return
-
-
-@contextmanager
-def _nothing():
-    yield
