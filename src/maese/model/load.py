@@ -93,7 +93,7 @@ def load_model(folder: Path, dtype: str = "fp32") -> Any:
 
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=kind, use_safetensors=True, trust_remote_code=False, local_files_only=True,
             output_loading_info=True,
         )  # fmt: skip
@@ -105,6 +105,7 @@ def load_model(folder: Path, dtype: str = "fp32") -> Any:
         if "mismatched" not in str(problem):
             raise
         raise MaeseError("MODEL-06", base=str(folder), reason="config.json ≠ *.safetensors") from problem
+    model, info = loaded
     if info["missing_keys"]:  # transformers fills them with random numbers and goes on
         raise MaeseError("MODEL-06", base=str(folder), reason=f"∅ {min(info['missing_keys'])}")
     return model.eval()
