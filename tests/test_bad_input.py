@@ -174,6 +174,7 @@ def test_a_format_not_read_yet(fails, receta, suffix):
         ("Pregunta: ¿Y?\nRespuesta:   \n", "Respuesta:", 5, "Pregunta: ¿Y?"),
         ("Pregunta:\nRespuesta: Sí.\n", "Pregunta:", 5, "Pregunta:"),
         ("texto suelto\n", "Pregunta:", 5, "texto suelto"),
+        ("Pregunta: ¿Y?\nRespuesta: Sí.\n\nPregunta: ¿Otra?\nRespuesta: No.\n", "###", 8, "Pregunta: ¿Otra?"),
     ],
 )
 def test_half_a_block_is_told_by_its_line(fails, receta, block, label, line, found):
@@ -252,14 +253,14 @@ def test_a_misspelt_key(fails, maese, receta):
 @pytest.mark.parametrize(
     ("change", "found", "expected"),
     [
-        ("train.lr=abc", "'abc'", "float"),
+        ("train.lr=abc", "'abc'", "un número"),
         ("train.lr=99", "99", "≤ 10"),
         ("train.lr=0", "0", "> 0"),
         ("train.micro_batch=0", "0", "≥ 1"),
-        ("train.micro_batch=1,5", "1.5", "int"),
+        ("train.micro_batch=1,5", "1.5", "un número entero"),
         ("data.format=pdf", "'pdf'", "auto | text | qa"),
         ("data.validation=0.95", "0.95", "≤ 0.9"),
-        ("data.sources=libro.txt", "'libro.txt'", "list"),
+        ("data.sources=libro.txt", "'libro.txt'", "una lista"),
         ("train.gradient_checkpointing=quizás", "'quizás'", "true | false"),
         ("name=a/b", "'a/b'", "a-z"),
     ],

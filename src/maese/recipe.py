@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from maese.errors import MaeseError
+from maese.say import has, say
 
 NUMBER = re.compile(r"[+-]?(\d+([.,]\d*)?|[.,]\d+)(e[+-]?\d+)?", re.IGNORECASE)
 # Names people bring from other tools: suggestions, not aliases.
@@ -247,7 +248,7 @@ def _typed(value: Any) -> str:
 
 
 def _expected(error: Any) -> str:
-    """What a field takes, in signs rather than words: `≥ 1`, `cosine | linear`, `int`."""
+    """What a field takes, in signs where there are any: `≥ 1`, `cosine | linear`."""
     facts = error.get("ctx", {})
     for name, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"), ("min_length", "≥"), ("max_length", "≤")):
         if name in facts:
@@ -258,9 +259,5 @@ def _expected(error: Any) -> str:
         return "a-z, 0-9, «-», «_», «.»"
     if error["type"] == "finite_number":
         return "< ∞"
-    return {
-        "int_parsing": "int",
-        "int_from_float": "int",
-        "float_parsing": "float",
-        "bool_parsing": "true | false",
-    }.get(error["type"], error["type"].removesuffix("_type").removesuffix("_parsing"))
+    kind = error["type"].split("_")[0]
+    return say(f"type.{kind}") if has(f"type.{kind}") else kind

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from maese.errors import UsageError
-from maese.say import catalogue, language, say
+from maese.say import catalogue, has, language, say
 
 # Words people bring from other tools or from their own language: suggestions, not aliases.
 FALSE_FRIENDS = {
@@ -95,7 +95,8 @@ def usage_error(problem: click.ClickException) -> UsageError:
     if isinstance(problem, click.BadParameter):
         name = problem.param.opts[-1] if problem.param else "?"
         kind = getattr(problem.param.type, "choices", None) if problem.param else None
-        expected = " | ".join(kind) if kind else (problem.param.type.name if problem.param else "?")
+        plain = problem.param.type.name if problem.param else "?"
+        expected = " | ".join(kind) if kind else say(f"type.{plain}") if has(f"type.{plain}") else plain
         return UsageError("USE-11", name=name, command=path, expected=expected)
     if isinstance(problem, click.exceptions.NoSuchCommand):
         word, known = problem.command_name, getattr(problem.ctx.command, "commands", {}) if problem.ctx else {}

@@ -8,56 +8,64 @@ Only safetensors are opened: other formats can run code while they load. No code
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import logging
+import re
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 from maese.errors import MaeseError
+from maese.say import say
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
 UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
+# `gpt2-xl`, `owner/name`, either with `@revision`.
+HUB_ID = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*(@[\w./-]+)?")
 WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
-def resolve(base: str, say_download: Any = None) -> Path:
+def resolve(base: str) -> Path:
     """The folder of a base. A hub id may name a revision: `owner/name@main`.
 
-    `say_download(name)` is called before the network is used. Errors: MODEL-01 (not found, or no network), MODEL-02
-    (the hub asks for permission), MODEL-03 (only unsafe formats).
+    Before the network is used, that is said aloud. Errors: MODEL-01 (not found, or no network), MODEL-02 (the hub
+    asks for permission), MODEL-03 (only unsafe formats).
     """
     if base == "embedded":
         return EMBEDDED
     folder = Path(base).expanduser()
     if folder.is_dir():
         return folder
-    if folder.is_absolute() or base.startswith((".", "~")) or base.count("/") != 1:
-        raise MaeseError("MODEL-01", base=base, reason="—", nearest=_nearest(folder))
-    return _from_hub(base, say_download)
+    nearest = _nearest(folder)
+    # «embeded» is a slip of the hand, not a model to be asked for on the network.
+    slip = "/" not in base and difflib.get_close_matches(base, ["embedded"], cutoff=0.7)
+    if slip or not HUB_ID.fullmatch(base):
+        raise MaeseError("MODEL-01", base=base, reason=say("model.no_folder"), nearest=nearest)
+    return _from_hub(base, nearest)
 
 
-def _from_hub(base: str, say_download: Any) -> Path:
+def _from_hub(base: str, nearest: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 
     name, _, revision = base.partition("@")
     wanted: dict[str, Any] = {"repo_id": name, "revision": revision or None, "allow_patterns": WANTED}
     try:
-        return Path(snapshot_download(**wanted, local_files_only=True))  # what is here needs no network
+        here = Path(snapshot_download(**wanted, local_files_only=True))
+        if weight_files(here):  # what is here needs no network; a download that was cut does
+            return here
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError):
         pass
-    if say_download:
-        say_download(name)
+    sys.stderr.write(say("model.asking", name=name) + "\n")
     try:
         return Path(snapshot_download(**wanted))
     except GatedRepoError as problem:
         raise MaeseError("MODEL-02", base=name) from problem
     except Exception as problem:  # the hub's client raises many kinds; to a person they are one: it did not come
-        raise MaeseError(
-            "MODEL-01", base=base, reason=type(problem).__name__, nearest=_nearest(Path(base))
-        ) from problem
+        raise MaeseError("MODEL-01", base=base, reason=type(problem).__name__, nearest=nearest) from problem
 
 
 def check(folder: Path) -> dict[str, Any]:
@@ -161,8 +169,6 @@ def quiet() -> None:
 
 
 def _nearest(folder: Path) -> str:
-    import difflib
-
     around = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
     near = difflib.get_close_matches(folder.name, around, n=1, cutoff=0.5)
     return str(folder.parent / near[0]) if near else "embedded"

@@ -124,6 +124,10 @@ def _pair(block: list[str], path: str, start: int) -> Conversation:
     into = None
     line = start
     for i, text in enumerate(block):
+        if "answer" in parts and QUESTION.match(
+            text
+        ):  # two blocks run together would be one answer with a question in it
+            raise MaeseError("DATA-08", path=path, line=start + i, label=MARK, found=text.strip()[:60])
         for name, mark in (("question", QUESTION), ("answer", ANSWER)):
             if mark.match(text) and name not in parts:
                 into, text = name, mark.sub("", text)
