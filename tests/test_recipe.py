@@ -137,3 +137,11 @@ def test_a_wrong_value_is_told_by_the_key_and_not_by_its_type():
     with pytest.raises(MaeseError) as problem:
         recipes.load("quijote", ["data.sources=[]"])
     assert problem.value.facts["expected"] == "≥ 1"
+
+
+@pytest.mark.parametrize("lang", ["es", "en"])
+def test_every_key_has_its_line_and_no_line_is_left_over(lang):
+    from maese.say import catalogue
+
+    told = {key.removeprefix("key.") for key in catalogue(lang) if key.startswith("key.")}
+    assert told == set(recipes.fields())

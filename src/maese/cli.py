@@ -57,8 +57,8 @@ def _train(ctx: click.Context, recipe: Any) -> Any:
 
 
 @cli.command(help=say("cli.demo.help"))
-@click.option("--data", "path", type=click.Path(), help=say("cli.demo.data"))
-@click.option("--output", type=click.Path(), help=say("cli.output"))
+@click.option("--data", "path", type=click.Path(), metavar=say("cli.metavar.path"), help=say("cli.demo.data"))
+@click.option("--output", type=click.Path(), metavar=say("cli.metavar.path"), help=say("cli.output"))
 @click.pass_context
 def demo(ctx: click.Context, path: str | None, output: str | None) -> None:
     from maese import recipe as recipes
@@ -81,7 +81,7 @@ def demo(ctx: click.Context, path: str | None, output: str | None) -> None:
 
 @cli.command(help=say("cli.new.help"))
 @click.argument("name", metavar=say("cli.metavar.name"))
-@click.option("--from", "source", default="quijote", help=say("cli.new.source"))
+@click.option("--from", "source", default="quijote", metavar=say("cli.metavar.recipe"), help=say("cli.new.source"))
 @click.pass_context
 def new(ctx: click.Context, name: str, source: str) -> None:
     import yaml
@@ -104,16 +104,24 @@ def new(ctx: click.Context, name: str, source: str) -> None:
 @cli.command(help=say("cli.explain.help"))
 @click.argument("code", required=False, metavar=say("cli.metavar.code"))
 def explain(code: str | None) -> None:
+    from maese import recipe as recipes
+
     words = catalogue(language())
     codes = sorted(key.split(".")[1] for key in words if key.startswith("error.") and key.endswith(".why"))
-    if code is None:
+    keys = recipes.fields()
+    shown = [key for key in keys if code == "train" or key == code or key.startswith(f"{code}.")] if code else []
+    if shown:
+        width = max(map(len, shown))
+        for key in shown:
+            click.echo(f"{key:<{width}}  {say(f'key.{key}')} [{recipes.typed(keys[key])}]")
+    elif code is None:
         for each in codes:
             click.echo(f"{each:<12} {words[f'error.{each}.why'].split('. ')[0].rstrip('.')}")
-        return
-    if code.upper() not in codes:
-        near = difflib.get_close_matches(code.upper(), codes, n=1, cutoff=0)
+    elif code.upper() in codes:
+        click.echo(f"{code.upper()}: {words[f'error.{code.upper()}.why']}")
+    else:
+        near = difflib.get_close_matches(code, [*codes, *keys], n=1, cutoff=0)
         raise UsageError("USE-08", found=code, nearest=near[0])
-    click.echo(f"{code.upper()}: {words[f'error.{code.upper()}.why']}")
 
 
 @cli.group(cls=Group, help=say("cli.data.help"))
@@ -123,7 +131,13 @@ def data() -> None:
 
 @data.command("get", help=say("cli.data_get.help"))
 @click.argument("name", metavar=say("cli.metavar.name"))
-@click.option("--folder", default="data", type=click.Path(path_type=Path), help=say("cli.data_get.folder"))
+@click.option(
+    "--folder",
+    default="data",
+    type=click.Path(path_type=Path),
+    metavar=say("cli.metavar.path"),
+    help=say("cli.data_get.folder"),
+)
 @click.pass_context
 def data_get(ctx: click.Context, name: str, folder: Path) -> None:
     from maese import terminal
@@ -137,7 +151,9 @@ def data_get(ctx: click.Context, name: str, folder: Path) -> None:
 
 @data.command("fix", help=say("cli.data_fix.help"))
 @click.argument("path", metavar=say("cli.metavar.file"), type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), help=say("cli.data_fix.output"))
+@click.option(
+    "--output", type=click.Path(path_type=Path), metavar=say("cli.metavar.path"), help=say("cli.data_fix.output")
+)
 @click.pass_context
 def data_fix(ctx: click.Context, path: Path, output: Path | None) -> None:
     from maese import terminal
@@ -196,15 +212,15 @@ def writing_options(command: Any) -> Any:
     """The ways of writing, the same for `generate`, `chat` and `compare`."""
     for option in reversed(
         [
-            click.option("--max-new-tokens", type=int, help=say("cli.write.max_new_tokens")),
-            click.option("--temperature", type=float, help=say("cli.write.temperature")),
+            click.option("--max-new-tokens", type=int, metavar="N", help=say("cli.write.max_new_tokens")),
+            click.option("--temperature", type=float, metavar="N", help=say("cli.write.temperature")),
             click.option("--greedy", is_flag=True, help=say("cli.write.greedy")),
-            click.option("--top-k", type=int, help=say("cli.write.top_k")),
-            click.option("--top-p", type=float, help=say("cli.write.top_p")),
-            click.option("--repetition-penalty", type=float, help=say("cli.write.repetition_penalty")),
-            click.option("--sentences", type=int, help=say("cli.write.sentences")),
-            click.option("--stop", multiple=True, help=say("cli.write.stop")),
-            click.option("--seed", type=int, help=say("cli.write.seed")),
+            click.option("--top-k", type=int, metavar="N", help=say("cli.write.top_k")),
+            click.option("--top-p", type=float, metavar="N", help=say("cli.write.top_p")),
+            click.option("--repetition-penalty", type=float, metavar="N", help=say("cli.write.repetition_penalty")),
+            click.option("--sentences", type=int, metavar="N", help=say("cli.write.sentences")),
+            click.option("--stop", multiple=True, metavar=say("cli.metavar.text"), help=say("cli.write.stop")),
+            click.option("--seed", type=int, metavar="N", help=say("cli.write.seed")),
         ]
     ):
         command = option(command)

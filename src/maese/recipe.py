@@ -236,13 +236,13 @@ def _explain(problem: ValidationError) -> MaeseError:
         if not near:
             leaf = {k.rsplit(".", 1)[-1]: k for k in known}
             near = [leaf[k] for k in difflib.get_close_matches(leaf_key, leaf, n=1, cutoff=0.4)]
-        return MaeseError("USE-02", key=key, nearest=near[0] if near else "train.lr", value=_typed(value))
+        return MaeseError("USE-02", key=key, nearest=near[0] if near else "train.lr", value=typed(value))
     if first["type"] == "missing":
         return MaeseError("USE-07", key=key)
     return MaeseError("USE-03", key=key, found=repr(first["input"]), expected=_expected(first))
 
 
-def _typed(value: Any) -> str:
+def typed(value: Any) -> str:
     """A value as it is typed on the command line, whatever the language writes numbers like."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 

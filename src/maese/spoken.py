@@ -21,6 +21,7 @@ FALSE_FRIENDS = {
     "informe": "report", "continuar": "resume", "reanudar": "resume", "nuevo": "new", "datos": "data", "init": "new",
     "list": "runs", "ls": "runs", "explicar": "explain",
 }  # fmt: skip
+ESSENTIAL = ("base", "data.sources", "train.epochs", "train.lr", "train.micro_batch", "method.kind", "output")
 GROUPS = {
     "start": ("demo", "new", "explain"),
     "data": ("data",),
@@ -38,7 +39,8 @@ class Spoken:
         formatter.write_usage(ctx.command_path, pieces, prefix=say("cli.usage") + " ")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        rows = [row for p in self.get_params(ctx) if (row := p.get_help_record(ctx))]  # type: ignore[attr-defined]
+        params = [p for p in self.get_params(ctx) if isinstance(p, click.Option)]  # type: ignore[attr-defined]
+        rows = [row for p in params if (row := p.get_help_record(ctx))]
         with formatter.section(say("cli.options")):
             formatter.write_dl(rows)
         if isinstance(self, click.Group):
@@ -59,11 +61,22 @@ class Command(Spoken, click.Command):
         super().__init__(*args, **kwargs)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if ctx.command.name == "train":
+            self.format_keys(formatter)
         key = "cli." + ctx.command_path.split(" ", 1)[1].replace(" ", "_") + ".examples"
         if key in catalogue(language()):
             with formatter.section(say("cli.examples")):
                 for line in say(key).splitlines():
                     formatter.write(f"  {line}\n")
+
+    def format_keys(self, formatter: click.HelpFormatter) -> None:
+        """The keys of a recipe that most people change, with their defaults, read from the recipe itself."""
+        from maese.recipe import fields, typed
+
+        every = fields()
+        with formatter.section(say("cli.train.keys")):
+            formatter.write_dl([(key, f"{say(f'key.{key}')} [{typed(every[key])}]") for key in ESSENTIAL])
+        formatter.write(say("cli.train.more", n=len(every)) + "\n")
 
 
 class Group(Spoken, click.Group):
