@@ -396,3 +396,10 @@ def test_two_processes_learn_what_one_does(recipe, here):
     assert done.stdout.split() == ["two"]
     for one, other in zip(steps(alone), steps(Run("two")), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+
+
+def test_one_process_trains_twice_with_two_precisions(recipe):
+    first = train(recipe("output=a", "train.precision=fp32", "train.max_steps=1"))
+    second = train(recipe("output=b", "train.precision=bf16", "train.max_steps=1"))
+    assert steps(first)[0]["loss"] != steps(second)[0]["loss"]
+    assert steps(first)[0]["loss"] == pytest.approx(steps(second)[0]["loss"], abs=0.05)

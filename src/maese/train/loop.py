@@ -381,5 +381,13 @@ def _closing(session: Session):
         for number, handler in before.items():
             signal.signal(number, handler)
         session.run.close()
-        # One process may train several recipes; Accelerate keeps its settings for the whole process otherwise.
-        session.accelerator.free_memory()
+        _let_go(session.accelerator)
+
+
+def _let_go(accelerator: Any) -> None:
+    """Free what Accelerate keeps for the whole process: the next recipe may want another precision or device."""
+    from accelerate.state import AcceleratorState
+
+    accelerator.free_memory()
+    # With several processes their connection is part of that state, and must outlive the run.
+    AcceleratorState._reset_state(reset_partial_state=accelerator.num_processes == 1)
