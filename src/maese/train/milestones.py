@@ -1,0 +1,108 @@
+"""The stops on the way: the plan told before, a look at validation and samples, a checkpoint, and the end."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from maese.evaluate.likelihood import mean_loss
+from maese.generate.engine import Writer
+from maese.model import load
+from maese.model.fingerprint import parameters
+from maese.model.save import save_final
+from maese.plan.machine import memory_peak_gib
+from maese.train import checkpoint
+from maese.train.session import Session
+
+# Samples on the way are a glance; the full length is for the end.
+GLANCE_TOKENS = 48
+
+
+def plan(session: Session) -> None:
+    every, trained = parameters(session.accelerator.unwrap_model(session.model))
+    train, facts = session.recipe.train, session.data.facts
+    session.tell(
+        "plan",
+        parameters=every, trainable=trained, rows=facts["train"]["rows"], tokens=facts["train"]["tokens"],
+        targets=facts["train"]["targets"], validation_rows=facts["validation"]["rows"],
+        validation_tokens=facts["validation"]["targets"], steps=session.steps, epochs=train.epochs,
+        micro_batch=train.micro_batch, accumulation=train.accumulation, max_length=session.recipe.data.max_length,
+        run=str(session.run.path), format=session.data.format, **session.machine.facts(),
+    )  # fmt: skip
+
+
+def look(session: Session, final: bool) -> None:
+    """Validate, remember the best, and write a glance of what the model says now."""
+    state, recipe = session.state, session.recipe
+    model = session.accelerator.unwrap_model(session.model)
+    if session.data.validation and not final:
+        with session.accelerator.autocast():
+            pad = load.pad_id(session.tokenizer)
+            loss, targets = mean_loss(session.model, session.data.validation, pad, max(4, recipe.train.micro_batch))
+        best = state.best_loss is None or loss < state.best_loss
+        state.worse = 0 if best else state.worse + 1
+        if best:
+            state.best_loss, state.best_step = loss, state.step
+            if recipe.train.final == "best" and 0 < state.step < session.steps and session.main:
+                _write_best(session)
+        perplexity = math.exp(min(loss, 700))
+        session.tell("validation", step=state.step, loss=loss, perplexity=perplexity, tokens=targets, best=best)
+    whole = final or state.step == 0
+    if not session.main or (not whole and state.step == session.steps):
+        return
+    was_training = model.training
+    model.eval()
+    short = min(GLANCE_TOKENS, recipe.generate.max_new_tokens)
+    glance = recipe.generate.model_copy(update={"max_new_tokens": short, "sentences": None})
+    writer = Writer(model, session.tokenizer, recipe.generate if whole else glance, recipe.data.format)
+    for prompt in recipe.eval.prompts if whole else recipe.eval.prompts[:1]:
+        answer = writer.generate(prompt)
+        session.tell("sample", step=state.step, prompt=prompt, text=answer.text, final=final)
+    model.train(was_training)
+
+
+def save(session: Session) -> None:
+    if not session.main:
+        return
+    model, optimizer = session.accelerator.unwrap_model(session.model), session.optimizer.optimizer
+    state = {**session.state.__dict__, "base_sha256": load.weights_hash(session.base)}
+    path = checkpoint.save(
+        session.run.checkpoints, session.state.step, model, optimizer, state, session.recipe.train.keep
+    )
+    session.tell("saved", step=session.state.step, what="checkpoint", path=str(path))
+
+
+def _write_best(session: Session) -> None:
+    """The best weights so far, alone: the optimizer is of no use to them."""
+    model = session.accelerator.unwrap_model(session.model)
+    folder = session.run.checkpoints / "best"
+    checkpoint.save_weights(folder, model)
+    session.tell("saved", step=session.state.step, what="best", path=str(folder))
+
+
+def _read_best(session: Session, model: Any) -> None:
+    checkpoint.load_weights(session.run.checkpoints / "best", model)
+
+
+def finish(session: Session, reason: str) -> None:
+    """Choose the weights, write final/, let them speak once, and close the run."""
+    state, recipe = session.state, session.recipe
+    model = session.accelerator.unwrap_model(session.model)
+    chosen = state.step
+    best = session.run.checkpoints / "best"
+    if recipe.train.final == "best" and state.best_loss is not None and state.best_step != state.step and best.is_dir():
+        _read_best(session, model)
+        chosen = state.best_step
+    if session.main:
+        save_final(model, session.tokenizer, session.run.final, recipe, session.base)
+        session.tell("saved", step=chosen, what="final", path=str(session.run.final))
+    look(session, final=True)
+    session.note(status="finished", step=state.step, final_step=chosen)
+    end(session, reason, chosen)
+
+
+def end(session: Session, reason: str, chosen: int | None) -> None:
+    state = session.state
+    peak = round(memory_peak_gib(session.machine.device), 3)
+    facts = {"seconds": round(state.seconds, 3), "tokens": state.tokens, "peak_gib": peak}
+    session.tell("end", step=state.step, reason=reason, final_step=chosen, **facts)

@@ -1,0 +1,150 @@
+"""What one process holds while it trains: the run folder, the model with its adapters, the data, and how it lets go."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from maese import recipe as recipes
+from maese import run as runs
+from maese.errors import Interrupted, MaeseError
+from maese.model import adapter, load
+from maese.plan.machine import Machine, machine
+from maese.recipe import Recipe
+from maese.tokens.batches import steps_per_epoch
+from maese.tokens.prepare import Prepared, prepare
+from maese.train.optim import optimizer as build_optimizer
+
+Watch = Callable[[runs.Event], object] | None
+
+
+@dataclass
+class State:
+    """What changes from step to step and must survive a crash, besides the tensors."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best_loss: float | None = None
+    best_step: int = 0
+    worse: int = 0  # validations since the best
+
+
+@dataclass
+class Session:
+    """Everything one process needs while it trains."""
+
+    run: runs.Run
+    recipe: Recipe
+    model: Any
+    tokenizer: Any
+    data: Prepared
+    machine: Machine
+    accelerator: Any
+    base: Any
+    watch: Watch
+    optimizer: Any = None
+    state: State = field(default_factory=State)
+    stop_signal: int = 0
+
+    @property
+    def main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def steps(self) -> int:
+        train = self.recipe.train
+        each = steps_per_epoch(len(self.data.train), train.micro_batch, train.accumulation)
+        whole = max(1, math.ceil(train.epochs * each))
+        return min(whole, train.max_steps) if train.max_steps else whole
+
+    def note(self, **state: Any) -> None:
+        """Write how the run stands now to state.json."""
+        if self.main:
+            self.run.write("state.json", state)
+
+    def tell(self, type: str, **facts: Any) -> None:
+        """Write an event and show it to whoever watches."""
+        if self.main:
+            event = self.run.event(type, **facts)
+            if self.watch:
+                self.watch(event)
+
+
+def open_session(recipe: Recipe, run: runs.Run | None, watch: Watch) -> Session:
+    """Load base and data, put the adapters on, and take hold of the run folder."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import broadcast_object_list
+
+    here = machine(recipe.train)
+    load.quiet()
+    base = load.resolve(recipe.base)
+    load.check(base)  # before the tokenizer, whose absence would be told instead
+    tokenizer = load.load_tokenizer(base)
+    # Frozen weights can stay in few bits; what trains keeps 32, or small updates would be rounded away.
+    frozen = recipe.method.kind == "lora" and here.precision != "fp32"
+    model = load.load_model(base, here.precision if frozen else "fp32")
+    data = prepare(recipe.data, tokenizer, load.context_of(model))
+    torch.manual_seed(recipe.train.seed)
+    if recipe.method.kind == "lora":
+        model = adapter.add_lora(model, recipe.method)
+    if recipe.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    kind = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[here.precision]
+    accelerator = Accelerator(mixed_precision=kind, cpu=here.device == "cpu")
+    model, optimizer = accelerator.prepare(model, build_optimizer(model, recipe.train))
+    # What was asked and what it became: the saved recipe repeats this run on a file whose shape it no longer guesses.
+    resolved = recipe.model_copy(update={"data": recipe.data.model_copy(update={"format": data.format})})
+    if accelerator.is_main_process:
+        if run is None:
+            run = runs.create(resolved)
+            run.write("recipe.yaml", recipes.dump(resolved.model_copy(update={"output": str(run.path)})))
+            run.write("environment.json", runs.environment() | {"device": here.facts()})
+        else:
+            run.open_for_writing()
+    # Every process must know the folder that the first one took.
+    (path,) = broadcast_object_list([str(run.path) if run else None])
+    run = run or runs.Run(path)
+    return Session(run, resolved, model, tokenizer, data, here, accelerator, base, watch, optimizer)
+
+
+@contextmanager
+def closing(session: Session):
+    """Stop politely on the first Ctrl+C or SIGTERM, at once on the second; let go of the folder whatever happens."""
+
+    def ask(number: int, _frame: Any) -> None:
+        if session.stop_signal:
+            raise KeyboardInterrupt
+        session.stop_signal = number
+
+    ours = threading.current_thread() is threading.main_thread()
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)} if ours else {}
+    try:
+        yield
+    except MaeseError as problem:
+        if not isinstance(problem, Interrupted):
+            # A disk that is still full must not hide what brought us here.
+            with suppress(MaeseError, OSError):
+                session.note(status="error", step=session.state.step, code=problem.code)
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        session.run.close()
+        _let_go(session.accelerator)
+
+
+def _let_go(accelerator: Any) -> None:
+    """Free what Accelerate keeps for the whole process: the next recipe may want another precision or device."""
+    from accelerate.state import AcceleratorState
+
+    accelerator.free_memory()
+    # With several processes their connection is part of that state, and must outlive the run.
+    AcceleratorState._reset_state(reset_partial_state=accelerator.num_processes == 1)
