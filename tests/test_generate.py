@@ -103,15 +103,33 @@ def test_the_context_is_never_overrun(writer):
         writer.generate("ab " * 200)
 
 
+def test_the_first_word_keeps_its_space(monkeypatch):
+    """Llama-type tokenizers drop the space of whatever is decoded first: the prompt's last token stands before it."""
+
+    class Metaspace:
+        eos_token_id, bos_token_id = -1, None
+        words = ("▁En", "▁un", "▁lugar", "▁de")
+
+        def decode(self, ids):
+            return "".join(self.words[i] for i in ids).replace("▁", " ").removeprefix(" ")
+
+    monkeypatch.setattr("maese.generate.engine.stream_ids", lambda *_: iter([2, 3]))
+    monkeypatch.setattr("maese.generate.engine.template.prompt_ids", lambda *_: [0, 1])
+    monkeypatch.setattr("maese.generate.engine.load.context_of", lambda _: 100)
+    heard: list[str] = []
+    answer = Writer(_NoModel(), Metaspace(), Generate()).generate("En un", on_text=heard.append)
+    assert answer.text == " lugar de" == "".join(heard)
+
+
 class Scripted:
     """A tokenizer and a list of ids standing where a model would, to say exactly what is written."""
 
     def __init__(self, monkeypatch, text: str, chunk: int = 1):
         raw = text.encode()
         pieces = [raw[i : i + chunk] for i in range(0, len(raw), chunk)]
-        self.pieces, self.eos_token_id, self.bos_token_id = pieces, -1, None
+        self.pieces, self.eos_token_id, self.bos_token_id = [*pieces, b"x"], -1, None  # the last one is the prompt
         monkeypatch.setattr("maese.generate.engine.stream_ids", lambda *_: iter(range(len(pieces))))
-        monkeypatch.setattr("maese.generate.engine.template.prompt_ids", lambda *_: [0])
+        monkeypatch.setattr("maese.generate.engine.template.prompt_ids", lambda *_: [len(pieces)])
         monkeypatch.setattr("maese.generate.engine.load.context_of", lambda _: 10_000)
 
     def decode(self, ids):
@@ -138,7 +156,6 @@ def test_streaming_never_shows_half_a_character(monkeypatch, chunk):
 def test_a_character_cut_by_the_limit_is_left_out(monkeypatch):
     heard: list[str] = []
     writer = scripted(monkeypatch, "año", 1)
-    writer.tokenizer.pieces = writer.tokenizer.pieces[:2]  # «a» and half of «ñ»
     monkeypatch.setattr("maese.generate.engine.stream_ids", lambda *_: iter(range(2)))
     assert writer.generate("x", on_text=heard.append).text == "a" == "".join(heard)
 
@@ -149,6 +166,9 @@ def test_stop_marks_end_the_text_and_are_never_shown(monkeypatch, live):
     writer = scripted(monkeypatch, "Son cuatro.\n###\nPregunta: otra")
     answer = writer.generate("x", stop=["###"], on_text=heard.append if live else None)
     assert answer.text == "Son cuatro.\n" and answer.reason == "stop"
+    assert (
+        writer.generate("x", stop=["Pregunta", "###"]).text == "Son cuatro.\n"
+    )  # the first in the text, not in the list
     assert "".join(heard) in ("", answer.text)
 
 
@@ -179,6 +199,7 @@ def test_fewer_sentences_than_asked_are_not_passed_off_as_enough(monkeypatch):
         ("Costó 3.500 reales.", 1),
         ("¿Qué? ¡No! Basta…", 3),
         ("Vino D. Alonso.", 1),
+        ("Uno. Vino el Sr.", 1),
         ("Fin.\nOtro párrafo.", 2),
     ],
 )
@@ -202,7 +223,7 @@ def test_chat_commands(tiny, here):
     assert chat.command("/temperature") == ("chat.now", {"name": "temperature", "value": "0.5"})
     with pytest.raises(MaeseError, match="USE-03"):
         chat.command("/top_p 7")
-    assert chat.settings["temperature"] == "0.5" and "top_p" not in chat.settings
+    assert chat.settings["temperature"] == 0.5 and "top_p" not in chat.settings
     assert chat.command("/volar")[0] == "chat.unknown"
     chat.reply("Hola")
     assert chat.command("/save charla.json")[0] == "chat.saved" and (here / "charla.json").is_file()

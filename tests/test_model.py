@@ -87,3 +87,36 @@ def test_the_embedded_model_is_what_its_card_says():
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     text = "En un lugar de la Mancha, «¿qué?» ñandú 🐤\n\n  fin"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_an_index_that_points_at_a_pickle_is_refused(tiny, tmp_path):
+    import json
+    import shutil
+
+    folder = shutil.copytree(tiny, tmp_path / "base")
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    weight_map = {"transformer.wte.weight": "pytorch_model.bin"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), "utf-8")
+    with pytest.raises(MaeseError) as problem:
+        load.load_model(folder)
+    assert problem.value.code == "MODEL-03" and "pytorch_model.bin" in str(problem.value)
+
+
+def test_final_keeps_what_the_base_says_of_itself(recipe, tiny, here):
+    import json
+    import shutil
+
+    folder = shutil.copytree(tiny, here / "base")
+    for name, key, value in (
+        ("tokenizer_config.json", "model_max_length", 128),
+        ("generation_config.json", "eos_token_id", [0, 2]),
+    ):
+        facts = json.loads((folder / name).read_text("utf-8")) | {key: value}
+        (folder / name).write_text(json.dumps(facts), "utf-8")
+    run = train(recipe(f"base={folder}", "train.max_steps=1"))
+    for name, key, value in (
+        ("tokenizer_config.json", "model_max_length", 128),
+        ("generation_config.json", "eos_token_id", [0, 2]),
+    ):
+        assert json.loads((run.final / name).read_text("utf-8"))[key] == value

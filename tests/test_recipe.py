@@ -145,3 +145,37 @@ def test_every_key_has_its_line_and_no_line_is_left_over(lang):
 
     told = {key.removeprefix("key.") for key in catalogue(lang) if key.startswith("key.")}
     assert told == set(recipes.fields())
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ("train.max_steps=1.000", "USE-03"),  # one, or a thousand?
+        ("train.max_steps=1:30", "USE-03"),
+        ("train.epochs=yes", "USE-03"),
+        ("method.rank=true", "USE-03"),
+        ("method.targets=[]", "USE-03"),
+    ],
+)
+def test_what_could_mean_two_things_is_refused(change, code):
+    with pytest.raises(MaeseError) as problem:
+        recipes.load("quijote", [change])
+    assert problem.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("change", "value"),
+    [("output=2026.10", "2026.10"), ("output=007", "007"), ("train.max_steps=1e3", 1000), ("train.lr=0,001", 0.001)],
+)
+def test_what_is_written_is_what_is_meant(change, value):
+    found = recipes.load("quijote", [change]).model_dump()
+    for key in change.partition("=")[0].split("."):
+        found = found[key]
+    assert found == value
+
+
+def test_a_key_written_twice_is_refused(tmp_path):
+    path = tmp_path / "dos.yaml"
+    path.write_text("name: a\ndata: {sources: [{path: x}]}\ntrain: {lr: 1e-3}\ntrain: {epochs: 2}\n", "utf-8")
+    with pytest.raises(MaeseError, match="USE-04"):
+        recipes.load(path)

@@ -187,3 +187,17 @@ def test_the_same_question_written_otherwise_is_the_same():
 
     for i in range(20):
         assert place(f"¿Qué es {i}?") == place(f"  ¿qué   ES {i}?\n")
+
+
+def test_something_is_always_kept_apart():
+    """One line that is half the book, or a file of few questions, are no reason for measuring on nothing."""
+    from maese.text.record import Conversation, Document, Message
+    from maese.text.split import by_hash, tail
+
+    text = "\n".join(f"Párrafo {i} de pocas palabras." for i in range(11)) + "\n" + "una palabra tras otra " * 60
+    train, held = tail([Document(text, "1")], 0.1)
+    assert train and held and 0.05 < len(held[0].text) / len(text) < 0.2
+    for n in range(2, 30):
+        rows = [Conversation((Message("user", f"¿{n}-{i}?"), Message("assistant", "sí")), str(i)) for i in range(n)]
+        train, held = by_hash(rows, 0.1)
+        assert train and held and len(train) + len(held) == n

@@ -118,9 +118,18 @@ def test_training_and_validation_share_no_text(tokenizer, book, questions):
 
 
 def test_truncated_rows_keep_their_end_token(tokenizer, questions):
-    made = prepare(data(questions, max_length=24, too_long="truncate"), tokenizer, 128)
+    longest = max(map(len, prepare(data(questions), tokenizer, 256).train))
+    made = prepare(data(questions, max_length=longest - 2, too_long="truncate"), tokenizer, 128)
     assert all(row.ids[-1] == tokenizer.eos_token_id and row.mask[-1] for row in made.train)
     assert made.facts["dropped"]["truncated"] > 0
+
+
+def test_a_question_that_fills_the_row_is_left_out_not_taught_to_break_off(tokenizer, here):
+    text = "".join(f"###\nPregunta: {'larga ' * (60 if i % 2 else 1)}{i}\nRespuesta: Sí {i}.\n" for i in range(40))
+    (here / "p.txt").write_text(text, "utf-8")
+    made = prepare(data("p.txt", max_length=64, too_long="truncate"), tokenizer, 128)
+    assert made.facts["dropped"] == {"nothing_to_learn": 20}
+    assert all(row.targets > 1 for row in made.train)
 
 
 def test_too_long_is_an_error_with_the_length_that_would_fit(tokenizer, questions):

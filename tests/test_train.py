@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from maese import recipe as recipes
 from maese.errors import Interrupted, MaeseError
 from maese.run import Run
 from maese.train import checkpoint
@@ -144,7 +145,7 @@ def test_the_run_folder_holds_what_was_promised(recipe):
     assert {"recipe.yaml", "environment.json", "data.json", "state.json", "events.jsonl", "final"} <= {
         p.name for p in run.path.iterdir()
     }
-    assert run.recipe().output == str(run.path)
+    assert recipes.load(run.path / "recipe.yaml", ["output=otra"]).train == run.recipe().train
     assert not (run.path / "lock").exists()
 
 
@@ -191,13 +192,12 @@ def test_final_holds_the_best_weights_when_validation_rose(recipe, here):
     validations = [e for e in run.history() if e["type"] == "validation"]
     best = min(validations[1:], key=lambda e: e["loss"])
     assert best["step"] < 8
-    end = run.history()[-1]
+    end = next(e for e in run.history() if e["type"] == "end")
     writer = open_writer(run)
     rows = prepare(run.recipe().data, writer.tokenizer, 128).validation
     loss, _ = mean_loss(writer.model, rows, 1, 4)
-    if best["loss"] < validations[0]["loss"]:
-        assert end["final_step"] == best["step"]
-        assert loss == pytest.approx(best["loss"], abs=1e-4)
+    assert end["final_step"] == best["step"]
+    assert loss == pytest.approx(best["loss"], abs=1e-4)
 
 
 def test_early_stop(recipe):
@@ -280,7 +280,7 @@ def test_disk_full_during_a_save_leaves_nothing_half_written(recipe, monkeypatch
         patch.setattr(os, "fsync", full)
         train(recipe("output=lleno"))
     assert problem.value.code == "DISK-01"
-    assert [p.name for p in Run("lleno").checkpoints.iterdir() if p.name != "best"] == ["step-000002"]
+    assert [p.name for p in Run("lleno").checkpoints.iterdir() if p.name.startswith("step")] == ["step-000002"]
     assert weights(resume(Run("lleno"))) == weights(_straight(recipe))
 
 
@@ -403,3 +403,99 @@ def test_one_process_trains_twice_with_two_precisions(recipe):
     second = train(recipe("output=b", "train.precision=bf16", "train.max_steps=1"))
     assert steps(first)[0]["loss"] != steps(second)[0]["loss"]
     assert steps(first)[0]["loss"] == pytest.approx(steps(second)[0]["loss"], abs=0.05)
+
+
+def test_the_saved_recipe_repeats_the_run(recipe, here, monkeypatch):
+    """From any folder: its base and its texts are found, and it asks for no folder that is taken."""
+    run = train(recipe())
+    path = run.path.absolute() / "recipe.yaml"
+    (here / "otra").mkdir()
+    monkeypatch.chdir(here / "otra")
+    again = train(recipes.load(path))
+    assert weights(again) == (path.parent / "final" / "model.safetensors").read_bytes()
+
+
+def test_a_changed_tokenizer_is_refused_on_resume(recipe, tiny, here):
+    import shutil
+
+    base = shutil.copytree(tiny, here / "base")
+
+    def stop_at_2(event):
+        if event["type"] == "step" and event["step"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        train(recipe("output=cut", f"base={base}"), watch=stop_at_2)
+    file = base / "tokenizer.json"
+    parts = json.loads(file.read_text("utf-8"))
+    parts["model"]["merges"] = parts["model"]["merges"][:10]
+    file.write_text(json.dumps(parts), "utf-8")
+    with pytest.raises(MaeseError) as problem:
+        resume(Run("cut"))
+    assert problem.value.code == "RESUME-01" and "tokenizer.json" in str(problem.value)
+
+
+def test_what_a_killed_save_left_is_swept_and_the_damaged_are_not_kept(recipe):
+    def stop_at_5(event):
+        if event["type"] == "step" and event["step"] == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        train(recipe("output=cut", "train.keep=2"), watch=stop_at_5)
+    folder = Run("cut").checkpoints
+    (folder / "step-000007.tmp-1").mkdir()
+    (folder / "step-000005" / "rng.safetensors").write_bytes(b"")
+    resume(Run("cut"))
+    assert not list(folder.glob("*.tmp-*"))
+    assert all(checkpoint.damage(path) is None for path in checkpoint.saved(folder))
+
+
+def test_the_folder_of_a_run_is_taken_once(recipe):
+    """The system's lock, not a file that two can read before either writes."""
+    import multiprocessing
+
+    train(recipe("output=mia"))
+    context = multiprocessing.get_context("spawn")
+    gate, results = context.Barrier(4), context.Queue()
+    processes = [context.Process(target=_take, args=(gate, results)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    outcomes = sorted(results.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join()
+    assert outcomes == ["RUN-03", "RUN-03", "RUN-03", "mine"]
+
+
+def _take(gate, results):
+    run = Run("mia")
+    gate.wait()
+    try:
+        run.open_for_writing()
+        results.put("mine")
+    except MaeseError as problem:
+        results.put(problem.code)
+    gate.wait()  # nobody lets go before all have tried
+    run.close()
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\n"])
+def test_a_sample_with_strange_line_ends_stays_in_the_history(here, mark):
+    run = Run("r")
+    run.open_for_writing()
+    run.event("sample", step=0, text=f"uno{mark}dos")
+    run.close()
+    assert run.events()[0]["text"] == f"uno{mark}dos"
+
+
+def test_find_takes_the_newest_run_of_that_recipe_and_no_other(here):
+    from maese.run import find
+
+    for name in ("2026-11-20-quijote", "2026-11-21-quijote", "2026-11-21-quijote-2", "2026-11-21-quijote-corto"):
+        (here / "runs" / name).mkdir(parents=True)
+        (here / "runs" / name / "recipe.yaml").touch()
+    os.utime(here / "runs" / "2026-11-20-quijote")  # touched last, and still not the newest
+    assert find("quijote").path.name == "2026-11-21-quijote-2"
+    assert find("quijote-corto").path.name == "2026-11-21-quijote-corto"
+    for other in ("2", "corto", "mi-quijote"):
+        with pytest.raises(MaeseError, match="RUN-02"):
+            find(other)

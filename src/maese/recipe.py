@@ -13,7 +13,7 @@ import difflib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -29,8 +29,8 @@ FALSE_FRIENDS = {
     "lora_r": "method.rank", "lora_alpha": "method.alpha", "lora_dropout": "method.dropout", "model": "base",
 }  # fmt: skip
 TEXTS = ("name", "base", "path", "output")
-Share = Annotated[float, Field(ge=0, le=0.9)]
-Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(strict=True, ge=0, le=0.9)]
+Count = Annotated[int, Field(strict=True, ge=1)]
 
 
 class Strict(BaseModel):
@@ -50,7 +50,7 @@ class Data(Strict):
     format: Literal["auto", "text", "qa"] = "auto"
     template: Literal["plain"] = "plain"
     loss: Literal["assistant", "last", "all"] = "assistant"  # which turns of a conversation are learnt
-    max_length: Annotated[int, Field(ge=8, le=131072)] = 256  # tokens in one example
+    max_length: Annotated[int, Field(strict=True, ge=8, le=131072)] = 256  # tokens in one example
     too_long: Literal["error", "drop", "truncate", "split"] = "error"
     validation: Share = 0.1  # share kept apart, never trained on
 
@@ -58,29 +58,31 @@ class Data(Strict):
 class Method(Strict):
     kind: Literal["full", "lora"] = "full"
     rank: Count = 16
-    alpha: Annotated[float, Field(gt=0)] = 32
+    alpha: Annotated[float, Field(strict=True, gt=0)] = 32
     dropout: Share = 0.0
-    targets: list[str] | Literal["all-linear"] = "all-linear"
+    targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
 
 
 class Train(Strict):
-    epochs: Annotated[float, Field(gt=0)] = 3
+    epochs: Annotated[float, Field(strict=True, gt=0)] = 3
     max_steps: Count | None = None  # stops there, whatever the epochs say
     micro_batch: Count = 2  # examples through the model at once
     accumulation: Count = 4  # micro-batches before the weights move
-    lr: Annotated[float, Field(gt=0, le=10)] = 1e-4
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    lr: Annotated[float, Field(strict=True, gt=0, le=10)] = 1e-4
+    weight_decay: Annotated[float, Field(strict=True, ge=0)] = 0.01
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Share = 0.05  # share of the steps
-    clip: Annotated[float, Field(gt=0)] = 1.0  # largest norm of the gradient
+    clip: Annotated[float, Field(strict=True, gt=0)] = 1.0  # largest norm of the gradient
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gradient_checkpointing: bool = False
     save_every: Count = 200  # steps between checkpoints
     keep: Count = 2  # checkpoints kept
-    patience: Annotated[int, Field(ge=0)] = 0  # validations without improvement before stopping; 0 never stops
+    patience: Annotated[int, Field(strict=True, ge=0)] = (
+        0  # validations without improvement before stopping; 0 never stops
+    )
     final: Literal["best", "last"] = "best"  # which weights go to final/
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 42
 
 
 class Eval(Strict):
@@ -90,13 +92,13 @@ class Eval(Strict):
 
 class Generate(Strict):
     max_new_tokens: Count = 160
-    temperature: Annotated[float, Field(ge=0, le=5)] = 0.9  # 0 is greedy
-    top_k: Annotated[int, Field(ge=0)] = 50  # 0 keeps all
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
-    repetition_penalty: Annotated[float, Field(ge=1, le=5)] = 1.1
+    temperature: Annotated[float, Field(strict=True, ge=0, le=5)] = 0.9  # 0 is greedy
+    top_k: Annotated[int, Field(strict=True, ge=0)] = 50  # 0 keeps all
+    top_p: Annotated[float, Field(strict=True, gt=0, le=1)] = 0.95
+    repetition_penalty: Annotated[float, Field(strict=True, ge=1, le=5)] = 1.1
     sentences: Count | None = None  # exactly so many, when given
-    stop: list[str] = []
-    seed: Annotated[int, Field(ge=0)] = 42
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 42
 
 
 class Recipe(Strict):
@@ -181,19 +183,39 @@ def fields(model: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML that leaves numbers as they were written: what a `010`, a `1:30` or a `2026.10` is, its key decides."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}  # type: ignore[misc]
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:  # the first would be dropped without a word
+                raise yaml.constructor.ConstructorError(None, None, key.value, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|false|True|False)$"), list("tfTF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^(?:~|null|)$"), ["~", "n", ""])
+
+
 def _parse(text: str, where: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as problem:
+        return _Loader(text).get_single_data()
+    except (yaml.YAMLError, RecursionError) as problem:
         mark = getattr(problem, "problem_mark", None)
         line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
         raise MaeseError("USE-04", path=where, line=line, column=column) from None
 
 
-def _scalar(value: Any) -> Any:
-    """YAML 1.1 reads `2e-4` as text; people mean a number, also with a decimal comma."""
+def scalar(value: Any) -> Any:
+    """A number as people write it: `scalar("2e-4")` is 0.0002 and so is «0,0002»; other texts stay."""
     if isinstance(value, str) and NUMBER.fullmatch(value):
-        return float(value.replace(",", "."))
+        plain = value.replace(",", ".")
+        # `1e3` is a whole number; `1.000` is not, since some would mean one and some a thousand.
+        return int(float(plain)) if "." not in plain and "e-" not in plain.lower() else float(plain)
     return value
 
 
@@ -202,9 +224,8 @@ def _numbers(tree: Any, key: str = "") -> Any:
         return {k: _numbers(v, str(k)) for k, v in tree.items()}
     if isinstance(tree, list):
         return [_numbers(v) if isinstance(v, dict) else v for v in tree]
-    if key in TEXTS:  # names stay text, even those that YAML takes for a number or a date
-        return tree if tree is None or isinstance(tree, str | bool) else str(tree)
-    return _scalar(tree)
+    # Names stay text, even those that look like a number.
+    return tree if key in TEXTS else scalar(tree)
 
 
 def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:

@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
-import glob
 import json
 import os
 import platform
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Run:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._events: Any = None
+        self._lock: Any = None
 
     # What is where
     @property
@@ -65,7 +66,7 @@ class Run:
         path = self.path / "events.jsonl"
         found = []
         if path.exists():
-            for line in path.read_text("utf-8", errors="replace").splitlines():
+            for line in path.read_text("utf-8", errors="replace").split("\n"):
                 with contextlib.suppress(json.JSONDecodeError):
                     found.append(json.loads(line))
         return found
@@ -83,15 +84,31 @@ class Run:
     # Writing
     def open_for_writing(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        holder = self.holder()
-        if holder:
-            raise MaeseError("RUN-03", run=str(self.path), pid=holder)
-        write_whole(self.path / "lock", json.dumps({"pid": os.getpid(), "started": _started(os.getpid())}))
+        self._take()
         path = self.path / "events.jsonl"
         cut = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
         self._events = path.open("a", encoding="utf-8")
         if cut:
             self._events.write("\n")
+
+    def _take(self) -> None:
+        """Make the folder ours: the system lets one process hold the lock, and lets go of it when that one dies."""
+        holder = self.holder()
+        lock = (self.path / "lock").open("a+", encoding="utf-8")
+        try:
+            if holder:
+                raise BlockingIOError
+            with contextlib.suppress(ImportError):  # where there is no fcntl, the living process in the file must do
+                import fcntl
+
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise MaeseError("RUN-03", run=str(self.path), pid=self.holder() or 0) from None
+        lock.truncate(0)
+        lock.write(json.dumps({"pid": os.getpid(), "started": _started(os.getpid())}))
+        lock.flush()
+        self._lock = lock
 
     def event(self, type: str, **facts: Any) -> Event:
         event = {
@@ -107,9 +124,13 @@ class Run:
 
     def close(self) -> None:
         if self._events:
-            self._events.close()
+            with contextlib.suppress(OSError):  # what a full disk could not take has been told already
+                self._events.close()
             self._events = None
+        if self._lock:
             (self.path / "lock").unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
 
     def holder(self) -> int | None:
         """The process that is writing this run now, if it is alive and is not this one."""
@@ -121,15 +142,19 @@ class Run:
         return lock["pid"] if alive else None
 
 
-def create(recipe: recipes.Recipe, replace: bool = False) -> Run:
+def create(recipe: recipes.Recipe) -> Run:
     """A new run folder for a recipe; an existing one with something in it is never written over."""
     if recipe.output:
-        path = Path(recipe.output)
+        path = Path(recipe.output).expanduser()
         if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
             raise MaeseError("RUN-01", path=str(path), free=str(_free(path)))
     else:
         path = Path("runs") / f"{datetime.date.today().isoformat()}-{recipe.name}"
-        path = _free(path) if path.exists() else path
+        while True:  # two that start together must not take one name
+            path = _free(path) if path.exists() else path
+            with contextlib.suppress(FileExistsError), disk(path):
+                path.mkdir(parents=True)
+                break
     run = Run(path)
     with disk(path):
         run.open_for_writing()
@@ -137,13 +162,18 @@ def create(recipe: recipes.Recipe, replace: bool = False) -> Run:
 
 
 def find(what: str | Path) -> Run:
-    """An existing run by folder, by name inside `runs/`, or the newest whose name ends so: `find("quijote")`."""
-    direct = [Path(what), Path("runs") / str(what)]
-    # Two runs of one day are `-2`, `-3`…: the newest folder wins, not the first in the alphabet.
-    named = [p for p in Path("runs").glob(f"*-{glob.escape(str(what))}*") if p.is_dir() and "/" not in str(what)]
-    for path in direct + sorted(named, key=lambda p: p.stat().st_mtime, reverse=True):
+    """An existing run by folder, by name inside `runs/`, or the newest of a recipe: `find("quijote")`."""
+    for path in (Path(what), Path("runs") / str(what)):
         if (path / "recipe.yaml").is_file():
             return Run(path)
+    # Several runs of one recipe in one day are `-2`, `-3`…
+    shape = re.compile(rf"(\d{{4}}-\d\d-\d\d)-{re.escape(str(what))}(?:-(\d+))?")
+    found = []
+    for path in Path("runs").glob("*/recipe.yaml"):
+        if match := shape.fullmatch(path.parent.name):
+            found.append((match[1], int(match[2] or 1), path.parent))
+    if found:
+        return Run(max(found)[2])
     known = sorted((p.parent.name for p in Path("runs").glob("*/recipe.yaml")), reverse=True)
     raise MaeseError("RUN-02", run=str(what), known=", ".join(known[:5]) or "—")
 
@@ -177,6 +207,15 @@ def write_whole(path: Path, text: str) -> None:
             out.flush()
             os.fsync(out.fileno())
         os.replace(draft, path)
+
+
+def sync(path: Path) -> None:
+    """Force a file or a folder's list of names to the disk, so that a power cut finds it there."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

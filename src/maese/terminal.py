@@ -64,6 +64,12 @@ def comparison(result: dict[str, Any], json: bool = False, quiet: int = 0) -> No
             lines += ["", mark, *("  " + line for line in pair[side].strip().splitlines() if line.strip())]
         sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
+    wanted = result["settings"]["sentences"]
+    for pair in result["prompts"]:
+        for side in ("before", "after"):
+            if wanted and pair["sentences"][side] != wanted:
+                fewer = {"wanted": wanted, "n": pair["sentences"][side], "prompt": pair["prompt"]}
+                talk(say(f"compare.fewer_{side}", **fewer), quiet=quiet)
     talk("\n" + say("compare.proof", difference=number(result["max_logit_difference"], 2)), quiet=quiet)
 
 
@@ -173,6 +179,8 @@ def _turn(conversation: Any, line: str) -> None:
     if conversation.dropped:
         talk(say("chat.dropped", n=conversation.dropped // 2))
     chosen = conversation.writer.with_settings(conversation.settings)
+    if chosen.sentences and result.reason != "sentences":
+        talk(say("generate.not_so_many", wanted=chosen.sentences, n=result.sentences))
     talk(say("generate.footer", tokens=result.tokens, speed=number(result.tokens / max(1e-6, result.seconds), 0),
              seconds=duration(result.seconds), seed=result.seed, how=_how(chosen)))  # fmt: skip
 

@@ -27,7 +27,9 @@ def compare(
     if adapter.is_adapter(run.final):
         before = after  # the same model, its adapter off while the base writes
     else:
-        model, _ = open_folder(load.resolve(recipe.base))
+        folder = load.resolve(recipe.base)
+        adapter.check_base(run.final, folder)  # a base replaced since then was never the «before» of this run
+        model, _ = open_folder(folder)
         before = Writer(model, after.tokenizer, after.settings, after.format)
 
     with untouched(before.model):
@@ -40,9 +42,11 @@ def compare(
     pairs = []
     for prompt in prompts:
         with untouched(before.model):
-            old = before.generate(prompt, **settings)
-        new = after.generate(prompt, **settings)
-        pairs.append({"prompt": prompt, "before": old.text, "after": new.text})
+            # One try a side: another seed on one of them would not be the same comparison.
+            old = before.generate(prompt, tries=1, **settings)
+        new = after.generate(prompt, tries=1, **settings)
+        counts = {"before": old.sentences, "after": new.sentences}
+        pairs.append({"prompt": prompt, "before": old.text, "after": new.text, "sentences": counts})
         if on_pair:
             on_pair(pairs[-1])
     chosen = after.with_settings(settings)
@@ -65,6 +69,8 @@ def logit_difference(before: Writer, after: Writer, prompt: str) -> float:
     import torch
 
     ids = prompt_ids(after.tokenizer, prompt, after.format)
+    if len(ids) >= load.context_of(after.model):
+        raise MaeseError("GEN-01", tokens=len(ids), longest=load.context_of(after.model))
     with torch.inference_mode():
         batch = torch.tensor([ids], device=after.model.device)
         with untouched(before.model):

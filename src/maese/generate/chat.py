@@ -16,6 +16,7 @@ from typing import Any
 
 from maese.generate.engine import Answer, Writer
 from maese.model.load import context_of
+from maese.recipe import scalar
 from maese.run import write_whole
 from maese.text.record import Message
 from maese.tokens.template import prompt_ids
@@ -69,7 +70,7 @@ class Chat:
         if name in SETTINGS:
             if not value.strip():
                 return "chat.now", {"name": name, "value": str(getattr(self.writer.with_settings(self.settings), name))}
-            changed = self.settings | {name: value.strip().replace(",", ".")}
+            changed = self.settings | {name: scalar(value.strip())}
             chosen = getattr(self.writer.with_settings(changed), name)
             self.settings = changed
             return "chat.set", {"name": name, "value": str(chosen)}

@@ -93,17 +93,18 @@ class Writer:
         *,
         before: tuple[Message, ...] = (),
         on_text: Callable[[str], object] | None = None,
+        tries: int = 4,
         **settings: Any,
     ) -> Answer:
         """Write after a prompt, with the recipe's settings or those given (`temperature=0.7`, `sentences=5`, …).
 
         `on_text` receives the text piece by piece as it is written. With `sentences=n` the text has exactly n, or the
-        answer's `reason` is not `sentences`; other seeds are tried before giving up, unless the text is being streamed.
+        answer's `reason` is not `sentences`; `tries` seeds are tried before giving up, one if it is being streamed.
         """
         chosen = self.with_settings(settings)
         ids = template.prompt_ids(self.tokenizer, prompt, self.format, before)
         answer = self._write(ids, chosen, on_text)
-        for seed in range(chosen.seed + 1, chosen.seed + 4):
+        for seed in range(chosen.seed + 1, chosen.seed + tries):
             if on_text or not chosen.sentences or answer.reason == "sentences":
                 break
             again = self._write(ids, chosen.model_copy(update={"seed": seed}), None)
@@ -123,10 +124,13 @@ class Writer:
             limit = max(settings.max_new_tokens, wanted * TOKENS_PER_SENTENCE)
             settings = settings.model_copy(update={"max_new_tokens": limit})
         began, shown, text, new = time.monotonic(), 0, "", list[int]()
+        # Decoded after the prompt's last token: some tokenizers drop the space of whatever comes first.
+        anchor = ids[-1:]
+        before = len(self.tokenizer.decode(anchor))
         reason = "end"
         for token in stream_ids(self.model, ids, settings, self.stop_ids()):
             new.append(token)
-            text = self.tokenizer.decode(new)
+            text = self.tokenizer.decode(anchor + new)[before:]
             done = self._finished(text, settings)
             if done is not None:
                 text, reason = done
@@ -143,13 +147,8 @@ class Writer:
                 reason = "context"
             elif len(new) >= settings.max_new_tokens:
                 reason = "length"
-        if (
-            wanted
-            and reason != "sentences"
-            and sentences.count(text) == wanted
-            and text.rstrip().endswith((".", "!", "?", "…", "»"))
-        ):
-            reason = "sentences"
+        if wanted and reason != "sentences" and sentences.count(text) >= wanted:
+            text, reason = sentences.first(text, wanted) or text, "sentences"
         text = text.rstrip("\ufffd")
         if on_text and len(text) > shown:
             on_text(text[shown:])
@@ -157,9 +156,9 @@ class Writer:
 
     def _finished(self, text: str, settings: recipes.Generate) -> tuple[str, str] | None:
         """The text cut where it should end and why, or None to go on."""
-        for mark in settings.stop:
-            if mark in text:
-                return text[: text.index(mark)], "stop"
+        found = [text.index(mark) for mark in settings.stop if mark in text]
+        if found:
+            return text[: min(found)], "stop"
         if settings.sentences:
             body = sentences.first(text, settings.sentences)
             # The sentence is over only when the next one has begun: «¡No! —dijo» was not the end.

@@ -11,6 +11,9 @@ from typing import Any
 
 from maese.recipe import Generate
 
+# Below it the division would overflow, and the likeliest token has all the chance anyway.
+COLDEST = 1e-4
+
 
 def probabilities(logits_V: Any, settings: Generate, seen: list[int]) -> Any:
     """The distribution (V,) the next token is drawn from; with temperature 0, all of it on the likeliest.
@@ -26,7 +29,7 @@ def probabilities(logits_V: Any, settings: Generate, seen: list[int]) -> Any:
         some = logits_V[ids]
         penalised = torch.where(some > 0, some / settings.repetition_penalty, some * settings.repetition_penalty)
         logits_V = logits_V.index_copy(0, ids, penalised)
-    if settings.temperature == 0:
+    if settings.temperature < COLDEST:
         return torch.nn.functional.one_hot(logits_V.argmax(), logits_V.numel()).float()
     logits_V = logits_V / settings.temperature
     if 0 < settings.top_k < logits_V.numel():

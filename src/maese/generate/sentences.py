@@ -33,7 +33,7 @@ def ends(text: str) -> list[int]:
 def _abbreviation(before: str, after: str) -> bool:
     word = re.search(r"[\wª.]*$", before)
     last = word.group().lower() if word else ""
-    if last in ABBREVIATIONS and last not in ("etc", "san", "p", "s", "v") and after[:1] != "":
+    if last in ABBREVIATIONS and last not in ("etc", "san", "p", "s", "v"):
         return True
     # An initial: «J. Pérez».
     return bool(after) and len(last) == 1 and last.isalpha() and last not in "aeouy" and before[-1:].isupper()

@@ -55,7 +55,7 @@ def _from_hub(base: str, nearest: str) -> Path:
     wanted: dict[str, Any] = {"repo_id": name, "revision": revision or None, "allow_patterns": WANTED}
     try:
         here = Path(snapshot_download(**wanted, local_files_only=True))
-        if weight_files(here):  # what is here needs no network; a download that was cut does
+        if weight_files(here) and not _not_here(here):  # what is here needs no network; a download that was cut does
             return here
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError):
         pass
@@ -79,12 +79,28 @@ def check(folder: Path) -> dict[str, Any]:
         raise MaeseError("MODEL-06", base=str(folder), reason=f"config.json: {problem}"[:80]) from problem
     if "auto_map" in config:
         raise MaeseError("MODEL-05", base=str(folder))
+    missing = _not_here(folder)
+    if missing:
+        raise MaeseError("MODEL-03", base=str(folder), files=", ".join(missing[:3]))
     if not weight_files(folder):
         unsafe = sorted(p.name for p in folder.iterdir() if p.suffix in UNSAFE)
         if unsafe:
             raise MaeseError("MODEL-03", base=str(folder), files=", ".join(unsafe[:3]))
         raise MaeseError("MODEL-01", base=str(folder), reason="*.safetensors", nearest="embedded")
     return config
+
+
+def _not_here(folder: Path) -> list[str]:
+    """Files that the index of a model in pieces names and that are not safetensors of this folder."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return []
+    try:
+        named = {str(name) for name in json.loads(index.read_text("utf-8"))["weight_map"].values()}
+    except (ValueError, KeyError, AttributeError):
+        return [index.name]
+    here = {path.name for path in weight_files(folder)}
+    return sorted(named - here)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -133,8 +149,6 @@ def load_tokenizer(folder: Path) -> Any:
         raise MaeseError("TOKEN-01", base=str(folder))
     if tokenizer.eos_token_id is None:
         raise MaeseError("TOKEN-02", base=str(folder))
-    # A whole book is rendered before it is cut; the warning about its length would be about nothing.
-    tokenizer.model_max_length = int(1e30)
     return tokenizer
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from maese.model.adapter import ABOUT
 from maese.model.load import weights_hash
 from maese.recipe import Recipe
-from maese.run import disk
+from maese.run import disk, sync
 
 
 def save_final(model: Any, tokenizer: Any, folder: Path, recipe: Recipe, base: Path) -> None:
@@ -24,6 +24,9 @@ def save_final(model: Any, tokenizer: Any, folder: Path, recipe: Recipe, base: P
             _save_weights(model, draft, recipe, base)
             generation_config(model, recipe).save_pretrained(draft)  # after the model, which writes its own
             tokenizer.save_pretrained(draft)
+            for path in draft.iterdir():
+                sync(path)
+            sync(draft)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
@@ -31,6 +34,7 @@ def save_final(model: Any, tokenizer: Any, folder: Path, recipe: Recipe, base: P
         if folder.exists():
             os.replace(folder, old)
         os.replace(draft, folder)
+        sync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -41,18 +45,22 @@ def _save_weights(model: Any, folder: Path, recipe: Recipe, base: Path) -> None:
         model.save_pretrained(folder, safe_serialization=True)
     except SafetensorError as problem:  # it wraps the system's own words about a full disk
         raise OSError(28, str(problem)) from problem
+    in_folder = recipe.base != "embedded" and Path(recipe.base).expanduser().is_dir()
     about = {
-        "base": recipe.base,
+        "base": str(base.absolute()) if in_folder else recipe.base,
         "base_sha256": weights_hash(base),
         "method": recipe.method.kind,
         "recipe": recipe.name,
     }
     (folder / ABOUT).write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
     if recipe.method.kind == "lora":
-        # PEFT writes the path of the base on this machine; another machine needs its name.
+        # PEFT writes where the base was found, which for one of the hub is a folder of this machine's cache.
         path = folder / "adapter_config.json"
         config = json.loads(path.read_text("utf-8"))
-        config["base_model_name_or_path"] = str(base) if recipe.base == "embedded" else recipe.base.partition("@")[0]
+        name, _, revision = recipe.base.partition("@")
+        here = in_folder or recipe.base == "embedded"
+        config["base_model_name_or_path"] = str(base.absolute()) if here else name
+        config["revision"] = revision or None if not here else None
         path.write_text(json.dumps(config, ensure_ascii=False, indent=1, sort_keys=True), encoding="utf-8")
 
 
@@ -68,7 +76,7 @@ def generation_config(model: Any, recipe: Recipe) -> Any:
         max_new_tokens=settings.max_new_tokens,
         repetition_penalty=settings.repetition_penalty,
         bos_token_id=model.config.bos_token_id,
-        eos_token_id=model.config.eos_token_id,
+        eos_token_id=model.generation_config.eos_token_id,  # a list, in models that end turns in several ways
         pad_token_id=getattr(model.config, "pad_token_id", None),
         **chosen,
     )

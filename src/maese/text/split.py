@@ -23,28 +23,37 @@ def tail(documents: list[Document], share: float) -> tuple[list[Document], list[
     train: list[Document] = []
     held: list[Document] = []
     for document in documents:
-        # A text without line breaks is cut at a word, never inside one.
         pieces = re.findall(r"[^\n]*\n|[^\n]+", document.text)
-        if len(pieces) < 10:
+        cut = _place(pieces, share)
+        kept = sum(map(len, pieces[cut:])) / len(document.text)
+        if not share / 2 <= kept <= share * 2:  # few lines, or one that is half the book: cut at a word instead
             pieces = re.findall(r"\s*\S+", document.text)
-        total, seen, cut = len(document.text), 0, len(pieces)
-        for i, piece in enumerate(pieces):
-            if seen >= total * (1 - share):
-                cut = i
-                break
-            seen += len(piece)
+            cut = _place(pieces, share)
         for side, text in ((train, "".join(pieces[:cut])), (held, "".join(pieces[cut:]))):
             if text.strip():
                 side.append(Document(text.strip(), document.id, document.meta))
     return train, held
 
 
+def _place(pieces: list[str], share: float) -> int:
+    """How many of the pieces come before the last `share` of their letters."""
+    left, cut = sum(map(len, pieces)) * (1 - share), 0
+    for piece in pieces:
+        left -= len(piece)
+        if left < 0:
+            break
+        cut += 1
+    return cut
+
+
 def by_hash(rows: list[Conversation], share: float) -> tuple[list[Conversation], list[Conversation]]:
     """Each conversation goes where the hash of its first question sends it."""
-    train: list[Conversation] = []
-    held: list[Conversation] = []
+    places = []
     for row in rows:
         key = " ".join(row.messages[0].content.lower().split())
-        place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
-        (held if place < share else train).append(row)
+        places.append(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64)
+    # In a short file chance may keep none apart; then it is the nearest to it.
+    share = max(share, min(places)) if share and places else share
+    train = [row for row, place in zip(rows, places, strict=True) if place > share or not share]
+    held = [row for row, place in zip(rows, places, strict=True) if place <= share and share]
     return train, held

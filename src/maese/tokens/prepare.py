@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,7 @@ def prepare(data: Data, tokenizer: Any, longest: int) -> Prepared:
         "dropped": dict(dropped),
         "train": _count(train),
         "validation": _count(validation),
+        "ids_sha256": _hash(train + validation),
     }
     return Prepared(train, validation, kind, facts, [note for reading in readings for note in reading.notes])
 
@@ -90,6 +92,9 @@ def _settle(rows: list[Example], data: Data, dropped: Counter[str]):
             yield row
         elif data.too_long == "drop":
             dropped["too_long"] += 1
+        elif data.too_long == "truncate" and not any(row.mask[: limit - 1]):
+            # The question alone fills the row: only its end would be learnt, in the middle of a word.
+            dropped["nothing_to_learn"] += 1
         elif data.too_long == "truncate":
             cut = Example([*row.ids[: limit - 1], row.ids[-1]], [*row.mask[: limit - 1], row.mask[-1]], row.id)
             dropped["truncated"] += 1
@@ -99,6 +104,14 @@ def _settle(rows: list[Example], data: Data, dropped: Counter[str]):
                 ids, mask = row.ids[start : start + limit], [0, *row.mask[start + 1 : start + limit]]
                 if any(mask):  # a piece of a question alone has nothing to be learnt from
                     yield Example(ids, mask, f"{row.id}@{start}")
+
+
+def _hash(rows: list[Example]) -> str:
+    """What is learnt, down to the last id: two runs with the same hash see the same numbers."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(f"{row.ids}{row.mask}".encode())
+    return digest.hexdigest()
 
 
 def _count(rows: list[Example]) -> dict[str, int]:

@@ -35,7 +35,8 @@ class Example:
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Ids of a text as text: `encode(t, "<|end|>")` spells the mark out, it does not make it."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    # Not verbose: a whole book is encoded before it is cut, and the warning about its length would be about nothing.
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
 def opening(tokenizer: Any) -> list[int]:

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there at all, checked by hash, and enough to go on bit for bit.
 
+    checkpoints/best-000150/   model.safetensors
     checkpoints/step-000200/   model.safetensors  optimizer.safetensors  rng.safetensors  MANIFEST.json
 
 Written to a folder beside it, every file forced to the disk, the manifest last, then renamed in one move. A crash at
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from maese.errors import MaeseError
-from maese.run import disk
+from maese.run import disk, sync
 
 MANIFEST = "MANIFEST.json"
 
@@ -38,17 +39,28 @@ def save(folder: Path, step: int, model: Any, optimizer: Any, state: dict[str, A
                 json.dump(manifest, out, indent=1)
                 out.flush()
                 os.fsync(out.fileno())
-            _sync(draft)
+            sync(draft)
             if final.exists():
                 shutil.rmtree(final)
             os.replace(draft, final)
-            _sync(folder)
+            sync(folder)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
-    for old in sorted(folder.glob("step-??????"))[:-keep]:
+    for old in saved(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def saved(folder: Path) -> list[Path]:
+    """The checkpoints of a run by step; those half written are not among them."""
+    return sorted((p for p in folder.glob("step-*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a process that died in the middle of a save left half written."""
+    for path in (*folder.rglob("*.tmp-*"), *folder.glob("*.old-*")):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any], list[tuple[str, str]]]:
@@ -57,7 +69,7 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any], list[tuple[str, str]]]:
     Error: RESUME-02 when none is left.
     """
     refused: list[tuple[str, str]] = []
-    for path in sorted(folder.glob("step-??????"), reverse=True):
+    for path in reversed(saved(folder)):
         wrong = damage(path)
         if wrong is None:
             return path, json.loads((path / MANIFEST).read_text("utf-8")), refused
@@ -96,18 +108,33 @@ def restore(path: Path, model: Any, optimizer: Any) -> None:
         torch.cuda.set_rng_state(rng["cuda"])
 
 
-def save_weights(folder: Path, model: Any) -> None:
-    """The weights that train, alone, replacing the folder in one move."""
-    draft = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+def best(folder: Path, step: int) -> Path:
+    """Where the best weights are kept, under the step they are of, so that no others are taken for them."""
+    return folder / f"best-{step:06d}"
+
+
+def save_best(folder: Path, step: int, model: Any) -> Path:
+    """Write the weights that train, alone: the optimizer is of no use to them."""
+    final = best(folder, step)
+    draft = final.with_name(f"{final.name}.tmp-{os.getpid()}")
     with disk(folder):
         try:
             draft.mkdir(parents=True, exist_ok=True)
             _write(draft / "model.safetensors", trainable(model))
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(draft, folder)
+            sync(draft)
+            shutil.rmtree(final, ignore_errors=True)  # of a life of this run that was cut later
+            os.replace(draft, final)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
+    return final
+
+
+def keep_best(folder: Path, step: int) -> None:
+    """Let go of the others, once a checkpoint remembers which step was the best."""
+    for path in folder.glob("best-*"):
+        if path != best(folder, step):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def load_weights(folder: Path, model: Any) -> None:
@@ -154,16 +181,7 @@ def _write(path: Path, tensors: dict[str, Any]) -> None:
         if "No space left" in str(problem) or "os error 28" in str(problem):
             raise OSError(28, str(problem)) from problem
         raise
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(path)
 
 
 def _sha256(path: Path) -> str:

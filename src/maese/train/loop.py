@@ -10,6 +10,7 @@ in the whole step; clip; look at the numbers before they touch the weights; move
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from contextlib import nullcontext
 from typing import Any
@@ -45,8 +46,11 @@ def resume(run: runs.Run, watch: Watch = None) -> runs.Run:
         raise MaeseError("RUN-04", run=str(run.path))
     session = open_session(run.recipe(), run, watch)
     with closing(session):
+        if (run.read("state.json") or {}).get("status") == "finished":  # by another process, while this one loaded
+            raise MaeseError("RUN-04", run=str(run.path))
         _same_data(session)
-        if any(run.checkpoints.glob("step-??????")):
+        checkpoint.sweep(run.path)
+        if checkpoint.saved(run.checkpoints):
             _go_back(session)
         else:
             _begin(session, resumed_from=0)
@@ -72,6 +76,8 @@ def _go_back(session: Session) -> None:
         raise MaeseError("RESUME-01", path=session.recipe.base, run=str(session.run.path))
     _start(session, manifest["step"], manifest["step"])
     for name, file in refused:
+        # Left there, it would count among those kept when older ones are let go, and be tried again every time.
+        shutil.rmtree(session.run.checkpoints / name, ignore_errors=True)
         session.tell("warning", step=manifest["step"], code="RESUME-03", facts={"checkpoint": name, "file": file})
     plan(session)
     session.state = State(**{k: v for k, v in manifest["state"].items() if k in State.__dataclass_fields__})
@@ -86,10 +92,12 @@ def _start(session: Session, step: int, resumed_from: int | None) -> None:
 
 def _same_data(session: Session) -> None:
     known = session.run.read("data.json")
-    before = {source["path"]: source["sha256"] for source in known["sources"]} if known else {}
-    for source in session.data.facts["sources"]:
-        if before and before.get(source["path"]) != source["sha256"]:
+    for before, source in zip(known["sources"] if known else [], session.data.facts["sources"], strict=False):
+        if before["sha256"] != source["sha256"]:
             raise MaeseError("RESUME-01", path=source["path"], run=str(session.run.path))
+    # The same words may be other ids, if the tokenizer changed.
+    if known and known["ids_sha256"] != session.data.facts["ids_sha256"]:
+        raise MaeseError("RESUME-01", path=f"{session.recipe.base}/tokenizer.json", run=str(session.run.path))
 
 
 def _loop(session: Session) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from maese.evaluate.likelihood import mean_loss
 from maese.generate.engine import Writer
@@ -39,12 +38,14 @@ def look(session: Session, final: bool) -> None:
         with session.accelerator.autocast():
             pad = load.pad_id(session.tokenizer)
             loss, targets = mean_loss(session.model, session.data.validation, pad, max(4, recipe.train.micro_batch))
-        best = state.best_loss is None or loss < state.best_loss
-        state.worse = 0 if best else state.worse + 1
+        # The untouched base is the measure, not a candidate: final/ holds weights that were trained.
+        best = state.step > 0 and (state.best_loss is None or loss < state.best_loss)
+        state.worse = 0 if best or not state.step else state.worse + 1
         if best:
             state.best_loss, state.best_step = loss, state.step
-            if recipe.train.final == "best" and 0 < state.step < session.steps and session.main:
-                _write_best(session)
+            if recipe.train.final == "best" and state.step < session.steps and session.main:
+                path = checkpoint.save_best(session.run.checkpoints, state.step, model)
+                session.tell("saved", step=state.step, what="best", path=str(path))
         perplexity = math.exp(min(loss, 700))
         session.tell("validation", step=state.step, loss=loss, perplexity=perplexity, tokens=targets, best=best)
     whole = final or state.step == 0
@@ -69,19 +70,8 @@ def save(session: Session) -> None:
     path = checkpoint.save(
         session.run.checkpoints, session.state.step, model, optimizer, state, session.recipe.train.keep
     )
+    checkpoint.keep_best(session.run.checkpoints, session.state.best_step)
     session.tell("saved", step=session.state.step, what="checkpoint", path=str(path))
-
-
-def _write_best(session: Session) -> None:
-    """The best weights so far, alone: the optimizer is of no use to them."""
-    model = session.accelerator.unwrap_model(session.model)
-    folder = session.run.checkpoints / "best"
-    checkpoint.save_weights(folder, model)
-    session.tell("saved", step=session.state.step, what="best", path=str(folder))
-
-
-def _read_best(session: Session, model: Any) -> None:
-    checkpoint.load_weights(session.run.checkpoints / "best", model)
 
 
 def finish(session: Session, reason: str) -> None:
@@ -89,16 +79,16 @@ def finish(session: Session, reason: str) -> None:
     state, recipe = session.state, session.recipe
     model = session.accelerator.unwrap_model(session.model)
     chosen = state.step
-    best = session.run.checkpoints / "best"
-    if recipe.train.final == "best" and state.best_loss is not None and state.best_step != state.step and best.is_dir():
-        _read_best(session, model)
+    best = checkpoint.best(session.run.checkpoints, state.best_step)
+    if recipe.train.final == "best" and best.is_dir() and state.best_step != state.step:
+        checkpoint.load_weights(best, model)
         chosen = state.best_step
     if session.main:
         save_final(model, session.tokenizer, session.run.final, recipe, session.base)
         session.tell("saved", step=chosen, what="final", path=str(session.run.final))
     look(session, final=True)
-    session.note(status="finished", step=state.step, final_step=chosen)
     end(session, reason, chosen)
+    session.note(status="finished", step=state.step, final_step=chosen)
 
 
 def end(session: Session, reason: str, chosen: int | None) -> None:

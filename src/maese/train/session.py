@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from maese import recipe as recipes
@@ -100,12 +101,12 @@ def open_session(recipe: Recipe, run: runs.Run | None, watch: Watch) -> Session:
     kind = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[here.precision]
     accelerator = Accelerator(mixed_precision=kind, cpu=here.device == "cpu")
     model, optimizer = accelerator.prepare(model, build_optimizer(model, recipe.train))
-    # What was asked and what it became: the saved recipe repeats this run on a file whose shape it no longer guesses.
+    # The saved recipe repeats this run on a file whose shape it no longer guesses.
     resolved = recipe.model_copy(update={"data": recipe.data.model_copy(update={"format": data.format})})
     if accelerator.is_main_process:
         if run is None:
             run = runs.create(resolved)
-            run.write("recipe.yaml", recipes.dump(resolved.model_copy(update={"output": str(run.path)})))
+            run.write("recipe.yaml", recipes.dump(anywhere(resolved)))
             run.write("environment.json", runs.environment() | {"device": here.facts()})
         else:
             run.open_for_writing()
@@ -113,6 +114,23 @@ def open_session(recipe: Recipe, run: runs.Run | None, watch: Watch) -> Session:
     (path,) = broadcast_object_list([str(run.path) if run else None])
     run = run or runs.Run(path)
     return Session(run, resolved, model, tokenizer, data, here, accelerator, base, watch, optimizer)
+
+
+def anywhere(recipe: Recipe) -> Recipe:
+    """The recipe with its base and texts as they are found from any folder.
+
+    What travels with maese keeps its name, so that the recipe can travel too.
+    """
+
+    def absolute(source: recipes.Source) -> recipes.Source:
+        path = Path(source.path).expanduser()
+        ours = path.is_file() and path.resolve() != recipes.shipped(source.path).resolve()
+        return source.model_copy(update={"path": str(path.absolute())}) if ours else source
+
+    data = recipe.data.model_copy(update={"sources": [absolute(source) for source in recipe.data.sources]})
+    folder = Path(recipe.base).expanduser()
+    name = str(folder.absolute()) if recipe.base != "embedded" and folder.is_dir() else recipe.base
+    return recipe.model_copy(update={"base": name, "data": data})
 
 
 @contextmanager
