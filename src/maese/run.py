@@ -211,9 +211,14 @@ def write_whole(path: Path, text: str) -> None:
 
 def sync(path: Path) -> None:
     """Force a file or a folder's list of names to the disk, so that a power cut finds it there."""
+    if path.is_dir() and os.name != "posix":  # elsewhere a folder cannot be opened, nor needs to be
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as problem:
+        if problem.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EPERM):  # disks of other machines may not know how
+            raise
     finally:
         os.close(handle)
 

@@ -80,8 +80,13 @@ def memory_peak_gib(device: str) -> float:
         import torch
 
         return torch.cuda.max_memory_allocated() / 2**30
-    import resource
     import sys
+
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 2**30
+    import resource
 
     # ru_maxrss is in KiB on Linux and in bytes on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
