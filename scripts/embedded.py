@@ -404,7 +404,8 @@ Literatura en español, en dominio público, de Project Gutenberg, CoNHA19, ELTe
 edición de las dos últimas, con licencia CC-BY 4.0, se atribuyen a ellas). De cada nombre de autor, {authors} MB como
 mucho; un autor escrito de varias maneras puede pasar de ahí. Fuera: Cervantes, y toda obra que comparta más de 20
 series de ocho palabras con el Quijote (antologías, gramáticas), para que el Quijote le sea nuevo. Todas las obras, con
-autor, licencia y SHA-256, están en `manifest.json`; la semilla y el orden, en el programa. SHA-256 del archivo de tokens: `{hash}`.
+autor, licencia y SHA-256, están en `manifest.json`; la semilla y el orden, en el programa. SHA-256 del archivo de
+tokens: `{hash}`.
 
 | fuente | licencia | obras |
 |---|---|---|
