@@ -18,7 +18,7 @@ SMALL = [
     "train.max_steps=2",
     "train.save_every=1",
     "generate.max_new_tokens=8",
-    "generate.sentences=1",
+    "generate.sentences=null",
     "data.max_length=120",
 ]
 
