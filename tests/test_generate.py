@@ -172,6 +172,13 @@ def test_stop_marks_end_the_text_and_are_never_shown(monkeypatch, live):
     assert "".join(heard) in ("", answer.text)
 
 
+def test_an_answer_does_not_begin_with_the_space_after_its_label(monkeypatch):
+    heard: list[str] = []
+    writer = scripted(monkeypatch, " Son cuatro.")
+    writer.format = "qa"
+    assert writer.generate("x", on_text=heard.append).text == "Son cuatro." == "".join(heard)
+
+
 STORY = "El sr. Quijano salió. —¿Viene? —dijo el mozo. ¡Ya voy! Eran las 3.5 leguas. Y volvió… Nadie lo vio. Fin."
 
 

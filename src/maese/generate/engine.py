@@ -131,6 +131,7 @@ class Writer:
         for token in stream_ids(self.model, ids, settings, self.stop_ids()):
             new.append(token)
             text = self.tokenizer.decode(anchor + new)[before:]
+            text = text.lstrip() if self.format == "qa" else text  # the space after «Respuesta:» is no part of it
             done = self._finished(text, settings)
             if done is not None:
                 text, reason = done
