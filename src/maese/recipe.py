@@ -164,7 +164,7 @@ def check(tree: dict[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(_numbers(tree))
     except ValidationError as problem:
-        raise _explain(problem) from None
+        raise mistake(problem) from None
 
 
 def dump(recipe: Recipe) -> str:
@@ -238,7 +238,8 @@ def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
     tree[last] = value
 
 
-def _explain(problem: ValidationError) -> MaeseError:
+def mistake(problem: ValidationError) -> MaeseError:
+    """The first mistake pydantic found, in our words: the key, what was there, what was expected."""
     first = problem.errors()[0]
     for error in problem.errors():  # a misspelt key explains the missing one better than the reverse
         if error["type"] == "extra_forbidden":
