@@ -23,6 +23,12 @@ def spanish(monkeypatch):
     monkeypatch.delenv("MAESE_LANG", raising=False)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """What a test prepares is not found by another."""
+    monkeypatch.setenv("MAESE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty folder that is the current one, so that runs/ of a test stays in it."""

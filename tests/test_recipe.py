@@ -31,7 +31,7 @@ def test_the_pokemon_recipe_has_the_numbers_of_its_exercise():
 
 @pytest.mark.parametrize("name", recipes.names())
 def test_every_recipe_that_travels_loads_and_comes_back_the_same(name, here):
-    from maese.text.read import locate
+    from maese.text.streams import locate
 
     recipe = recipes.load(name)
     assert recipe.name == name and recipe.output is None

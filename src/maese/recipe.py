@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from maese.errors import MaeseError
 from maese.say import has, say
@@ -28,7 +29,7 @@ FALSE_FRIENDS = {
     "gradient_accumulation_steps": "train.accumulation", "num_train_epochs": "train.epochs", "r": "method.rank",
     "lora_r": "method.rank", "lora_alpha": "method.alpha", "lora_dropout": "method.dropout", "model": "base",
 }  # fmt: skip
-TEXTS = ("name", "base", "path", "output")
+TEXTS = ("name", "base", "path", "output", "hub", "part", "group", "template", "map")
 Share = Annotated[float, Field(strict=True, ge=0, le=0.9)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 
@@ -38,21 +39,43 @@ class Strict(BaseModel):
 
 
 class Source(Strict):
-    """One place the text comes from."""
+    """One place the text comes from: a file, a folder, `-` for what is piped in, or a data set of the hub."""
 
-    path: str
-    limit: Count | None = None  # lines of a raw text, blocks of a question file
+    path: str | None = None
+    hub: str | None = None  # author/name, with @revision if wanted
+    part: str = "train"  # of a data set of the hub
+    streaming: bool = False  # read from the hub as it comes, nothing kept on disk
+    limit: Count | None = None  # lines of a raw text, rows or blocks of anything else
+    weight: Annotated[float, Field(strict=True, gt=0, le=100)] = 1.0  # times each row is learnt in one epoch
     documents: Literal["file", "line"] = "file"  # what one document of a raw text is
+    map: dict[Literal["prompt", "completion", "instruction", "input", "output", "system", "messages", "text"], str] = {}
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Source:
+        if (self.path is None) == (self.hub is None):
+            raise PydanticCustomError("missing", "path")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What it is called when something is said of it."""
+        return self.path if self.path is not None else str(self.hub)
 
 
 class Data(Strict):
     sources: Annotated[list[Source], Field(min_length=1)]
-    format: Literal["auto", "text", "qa"] = "auto"
-    template: Literal["plain"] = "plain"
+    format: Literal["auto", "text", "qa", "alpaca", "prompt", "messages", "sharegpt"] = "auto"
+    template: str = "plain"  # maese | instruccion | chatml | llama3 | mistral | gemma | plain | model | a .jinja file
     loss: Literal["assistant", "last", "all"] = "assistant"  # which turns of a conversation are learnt
     max_length: Annotated[int, Field(strict=True, ge=8, le=131072)] = 256  # tokens in one example
     too_long: Literal["error", "drop", "truncate", "split"] = "error"
+    stride: Annotated[int, Field(strict=True, ge=0)] = 0  # tokens of one piece repeated, unlearnt, before the next
+    packing: bool = False  # several examples in one row of max_length, each blind to the others
     validation: Share = 0.1  # share kept apart, never trained on
+    group: str | None = None  # column whose rows never part: the author, the work
+    clean: list[Literal["length", "repetition", "symbols", "language"]] = []  # rules a row must pass
+    dedup: Literal["none", "exact", "near"] = "none"
+    tolerance: Share = 0.01  # share of faulty rows left out; above it nothing is trained
 
 
 class Method(Strict):
@@ -155,7 +178,7 @@ def text(path: Path) -> str:
     except UnicodeDecodeError as problem:
         line = raw.count(b"\n", 0, problem.start) + 1
         encoding = "utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "cp1252"
-        fixed = path.with_name(f"{path.stem}.utf8{path.suffix}")
+        fixed = path.with_name(f"{path.stem}.fixed{path.suffix}")
         raise MaeseError("DATA-02", path=str(path), encoding=encoding, line=line, fixed=str(fixed)) from None
 
 
@@ -220,12 +243,13 @@ def scalar(value: Any) -> Any:
 
 
 def _numbers(tree: Any, key: str = "") -> Any:
+    if key in TEXTS:  # names stay text, even those that look like a number
+        return tree
     if isinstance(tree, dict):
         return {k: _numbers(v, str(k)) for k, v in tree.items()}
     if isinstance(tree, list):
         return [_numbers(v) if isinstance(v, dict) else v for v in tree]
-    # Names stay text, even those that look like a number.
-    return tree if key in TEXTS else scalar(tree)
+    return scalar(tree)
 
 
 def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
@@ -260,7 +284,7 @@ def mistake(problem: ValidationError) -> MaeseError:
             near = [leaf[k] for k in difflib.get_close_matches(leaf_key, leaf, n=1, cutoff=0.4)]
         return MaeseError("USE-02", key=key, nearest=near[0] if near else "train.lr", value=typed(value))
     if first["type"] == "missing":
-        return MaeseError("USE-07", key=key)
+        return MaeseError("USE-07", key=f"{key}.path" if re.search(r"sources\.\d+$", key) else key)
     return MaeseError("USE-03", key=key, found=repr(first["input"]), expected=_expected(first))
 
 

@@ -1,121 +1,272 @@
-"""A file on disk to documents or conversations.
+"""A source of the recipe to documents or conversations, as they come.
 
-    read(Source(path="pokemon.txt"), "auto")    Reading(format="qa", conversations=[…], …)
+    reading = open_source(Source(path="tutor.jsonl.gz"))     reading.format == "messages", found by looking
+    for item in reading: …                                   Conversation(…, id="tutor.jsonl.gz#1", meta={"line": 1})
 
-Two formats: raw text, and question blocks such as
-
-    ###
-    Pregunta: ¿De qué tipo es Pikachu?
-    Respuesta: Es de tipo eléctrico.
+A raw text is one document; question blocks (`###`, `Pregunta:`, `Respuesta:`), JSON, CSV and parquet are one record a
+row. Only a book is held whole; rows flow.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
+import itertools
 import re
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from maese.errors import MaeseError
-from maese.recipe import Source, shipped
+from maese.recipe import Source
+from maese.text import streams
+from maese.text.hub import hub_rows
 from maese.text.record import Conversation, Document, Message, Note
-from maese.text.repair import decode, strip_gutenberg
+from maese.text.repair import decode, normalise, strip_gutenberg
+from maese.text.rows import BOM, Fault, lines, rows
+from maese.text.shape import item_of, mapped, shape_of, unknown
 
 MARK = "###"
 QUESTION, ANSWER = re.compile(r"^\s*pregunta\s*:\s*", re.I), re.compile(r"^\s*respuesta\s*:\s*", re.I)
-NOT_YET = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".zip", ".pdf", ".docx"}
+# A raw text longer than this is learnt in documents of about this many characters, each ending at a line.
+LONGEST_DOCUMENT = 8 * 2**20
+
+Item = Document | Conversation
 
 
 @dataclass
 class Reading:
-    """What one source gave, with enough facts to know later that it was the same file."""
+    """A source that can be read any number of times; what was seen on the way is in `facts()` afterwards."""
 
-    path: str
+    source: Source
     format: str
-    documents: list[Document] = field(default_factory=list)
-    conversations: list[Conversation] = field(default_factory=list)
+    sha256: str
+    size: int
+    fault: Fault | None = None
+    raw: bool = False  # leave every character as it is: for the doctor, who judges them
+    items: int = 0
+    characters: int = 0
     notes: list[Note] = field(default_factory=list)
-    sha256: str = ""
-    size: int = 0
 
-    def facts(self) -> dict:
+    @property
+    def path(self) -> str:
+        return self.source.name
+
+    @property
+    def kind(self) -> str:
+        return "text" if self.format == "text" else "chat"
+
+    def __iter__(self) -> Iterator[Item]:
+        self.items = self.characters = 0
+        self._seen: Counter[str] = Counter()
+        before = streams.stamp(self.path) if self.source.path is not None else ()
+        for item in itertools.islice(self._items(), None if self._limits_itself else self.source.limit):
+            self.items += 1
+            self.characters += (
+                len(item.text) if isinstance(item, Document) else sum(len(m.content) for m in item.messages)
+            )
+            yield item
+        if self.source.path is not None and before != streams.stamp(self.path):
+            raise MaeseError("DATA-14", path=self.path)
+        if not self.items and self.fault is None:
+            raise MaeseError("DATA-05", path=self.path)
+        self.notes = [*_once(self.notes), *_tally(self._seen, self.path)]
+
+    @property
+    def _limits_itself(self) -> bool:
+        return self.format == "text" and self.source.documents == "file"
+
+    def facts(self) -> dict[str, Any]:
         return {
-            "path": self.path,
-            "format": self.format,
-            "sha256": self.sha256,
-            "bytes": self.size,
-            "documents": len(self.documents) or len(self.conversations),
-            "characters": sum(len(d.text) for d in self.documents)
-            + sum(len(m.content) for c in self.conversations for m in c.messages),
-            "notes": [list(note) for note in self.notes],
-        }
+            "path": self.path, "format": self.format, "sha256": self.sha256, "bytes": self.size,
+            "documents": self.items, "characters": self.characters, "notes": [list(note) for note in self.notes],
+        }  # fmt: skip
+
+    def _items(self) -> Iterator[Item]:
+        if self.source.hub is not None:
+            yield from self._from_rows(hub_rows(self.source), self.path)
+            return
+        for piece in streams.pieces(self.path):
+            if piece.suffix not in streams.TEXTS:
+                yield from self._from_rows(rows(piece, self._meet), piece.name)
+            elif self.format == "qa":
+                with piece.open() as stream:
+                    yield from map(self._clean, blocks(lines(stream, piece.name, self._meet), piece.name, self._meet))
+            else:
+                yield from self._raw_text(piece)
+
+    def _meet(self, problem: MaeseError) -> None:
+        if self.fault is None:
+            raise problem
+        self.fault(problem)
+
+    def _from_rows(self, found: Iterable[tuple[int, dict[str, Any]]], name: str) -> Iterator[Item]:
+        for line, row in found:
+            try:
+                item = item_of(mapped(row, self.source.map), self.format, name, line)
+            except MaeseError as problem:
+                self._meet(problem)
+                continue
+            yield self._clean(item)
+
+    def _clean(self, item: Item) -> Item:
+        """Line ends, accents and control characters as in a raw text; how many rows needed it is noted once."""
+        if self.raw:
+            return item
+        if isinstance(item, Document):
+            return replace(item, text=self._mended(item.text))
+        return replace(item, messages=tuple(Message(m.role, self._mended(m.content)) for m in item.messages))
+
+    def _mended(self, text: str) -> str:
+        if text.isascii() and text.isprintable():
+            return text
+        notes: list[Note] = []
+        clean = normalise(text, notes)[0]
+        for key, facts in notes:
+            self._seen[key] += int(facts.get("count", 1))
+        return clean
+
+    def _raw_text(self, piece: streams.Piece) -> Iterator[Document]:
+        """A text as one document, or one a line; `limit` counts lines that say something."""
+        if piece.size > LONGEST_DOCUMENT and self.source.documents == "file" and not self.source.limit:
+            yield from self._long_text(piece)
+            return
+        with piece.open() as stream:
+            if self.raw:
+                text, notes = "\n".join(line for _, line in lines(stream, piece.name, self._meet)), list[Note]()
+            else:
+                text, notes = decode(stream.read(), piece.name)
+        body, notes = strip_gutenberg(text, notes)
+        self.notes += notes
+        yield from documents(body, self.source, piece.name, text.count("\n", 0, max(0, text.find(body[:500]))))
+
+    def _long_text(self, piece: streams.Piece) -> Iterator[Document]:
+        with piece.open() as stream:
+            part: list[str] = []
+            length = start = 0
+            for number, line in lines(stream, piece.name, self._meet):
+                start = start or number
+                part.append(line)
+                length += len(line) + 1
+                if length >= LONGEST_DOCUMENT:
+                    yield Document(self._clean_text(part), f"{piece.name}#{start}", {"line": start})
+                    part, length, start = [], 0, 0
+            if any(line.strip() for line in part):
+                yield Document(self._clean_text(part), f"{piece.name}#{start}", {"line": start})
+
+    def _clean_text(self, part: list[str]) -> str:
+        text = "\n".join(part).strip()
+        return text if self.raw else self._mended(text)
 
 
-def locate(path: str) -> Path:
-    """The file itself: from here, or among those that travel with maese. DATA-01 proposes the nearest name."""
-    for candidate in (Path(path).expanduser(), shipped(path)):
-        if candidate.is_file():
-            return candidate
-    folder = Path(path).expanduser().parent
-    names = [p.name for p in folder.iterdir() if p.is_file()] if folder.is_dir() else []
-    near = difflib.get_close_matches(Path(path).name, names, n=1, cutoff=0.4)
-    nearest = str(folder / near[0]) if near else "data/quijote_muestra.txt"
-    raise MaeseError("DATA-01", path=path, folder=str(folder.absolute()), nearest=nearest)
+def _once(notes: list[Note]) -> list[Note]:
+    """Read twice, a file says the same things twice."""
+    return list({repr(note): note for note in notes}.values())
 
 
-def read(source: Source, format: str = "auto") -> Reading:
-    """Read one source whole. Errors: DATA-01, -02, -03, -05, -06, -08."""
-    path = locate(source.path)
-    if path.suffix.lower() in NOT_YET:
-        raise MaeseError("DATA-03", path=source.path, suffix=path.suffix.lower())
-    raw = path.read_bytes()
-    text, notes = decode(raw, source.path)
-    text, notes = strip_gutenberg(text, notes)
-    found = shape_of(text) if format == "auto" else format
-    reading = Reading(source.path, found, notes=notes, sha256=hashlib.sha256(raw).hexdigest(), size=len(raw))
-    if found == "qa":
-        reading.conversations = list(blocks(text, source.path))[: source.limit]
-    else:
-        reading.documents = list(documents(text, source))
-    if not (reading.documents or reading.conversations):
-        raise MaeseError("DATA-05", path=source.path)
-    return reading
+def _tally(seen: Counter[str], path: str) -> list[Note]:
+    return [(key, {"path": path, "count": count, "lines": count}) for key, count in seen.items()]
 
 
-def shape_of(text: str) -> str:
+def open_source(source: Source, format: str = "auto", on_fault: Fault | None = None, raw: bool = False) -> Reading:
+    """A source ready to be read: found, hashed, and its shape looked at when it is not given.
+
+    Faults of a row go to `on_fault(problem)` and reading goes on; without it they are raised. Errors: DATA-01, -03,
+    -05, -17, -18, DEP-01, and those of `rows`, `shape` and `hub`.
+    """
+    if source.hub is not None:
+        found = format if format != "auto" else _looked(source, hub_rows(source), source.hub)
+        name = hashlib.sha256(f"{source.hub}\0{source.part}".encode()).hexdigest()
+        return Reading(source, found, name, 0, on_fault, raw)
+    inside = streams.pieces(source.name)
+    found = format
+    if format == "auto":
+        shapes = {_shape_of_piece(source, piece) for piece in inside}
+        if len(shapes) > 1:
+            first = _shape_of_piece(source, inside[0])
+            other = next(p for p in inside if _shape_of_piece(source, p) != first)
+            facts = {"line": 1, "format": first, "other_format": _shape_of_piece(source, other)}
+            raise MaeseError("DATA-12", path=other.name, **facts)
+        found = shapes.pop()
+    elif format not in ("text", "qa") and any(piece.suffix in streams.TEXTS for piece in inside):
+        raise MaeseError(
+            "DATA-03", path=source.name, line=1, keys=".txt", command="--prompt PREGUNTA --completion RESPUESTA"
+        )
+    size = sum(piece.size for piece in inside)
+    return Reading(source, found, streams.sha256(source.name), size, on_fault, raw)
+
+
+def _shape_of_piece(source: Source, piece: streams.Piece) -> str:
+    """What a piece is, from its first row or its first lines."""
+    if piece.suffix not in streams.TEXTS:
+        return _looked(source, rows(piece, lambda problem: None), piece.name)
+    with piece.open() as stream:
+        head = stream.read(2**20)
+    while head.startswith(BOM):
+        head = head.removeprefix(BOM)
+    return text_or_blocks(head.decode("utf-8", errors="replace"))
+
+
+def _looked(source: Source, found: Iterable[tuple[int, dict[str, Any]]], name: str) -> str:
+    """The shape of the first row that has one. A file whose first hundred rows have none is in no shape we know."""
+    first: tuple[int, dict[str, Any]] | None = None
+    for line, row in itertools.islice(found, 100):
+        first = first or (line, row)
+        shape = shape_of(mapped(row, source.map))
+        if shape:
+            return shape
+    if first is None:
+        return "messages"  # nothing could be read: reading it says what is wrong
+    raise unknown(first[1], name, first[0])
+
+
+def text_or_blocks(text: str) -> str:
     """`qa` when the text has `###` lines and a `Pregunta:`, else `text`."""
-    lines = text.splitlines()
-    marked = any(line.strip() == MARK for line in lines)
-    return "qa" if marked and any(QUESTION.match(line) for line in lines) else "text"
+    found = text.splitlines()
+    marked = any(line.strip() == MARK for line in found)
+    return "qa" if marked and any(QUESTION.match(line) for line in found) else "text"
 
 
-def documents(text: str, source: Source):
-    """A raw text as one document, or one a line; `limit` counts lines that say something."""
-    lines = text.splitlines()
-    if source.limit:
-        full = [i for i, line in enumerate(lines) if line.strip()]
-        lines = lines[: full[source.limit - 1] + 1] if len(full) > source.limit else lines
+def texts_of(item: Item) -> list[str]:
+    """The text of a document, or of each turn: what a tokenizer is trained on."""
+    return [item.text] if isinstance(item, Document) else [message.content for message in item.messages]
+
+
+def letters(item: Item) -> int:
+    return sum(map(len, texts_of(item)))
+
+
+def documents(text: str, source: Source, name: str, before: int = 0) -> Iterator[Document]:
+    """A raw text as one document, or one a line; `before` is how many lines of the file came before it."""
+    found = text.splitlines()
+    if source.limit and source.documents == "file":
+        full = [i for i, line in enumerate(found) if line.strip()]
+        found = found[: full[source.limit - 1] + 1] if len(full) > source.limit else found
     if source.documents == "file":
-        body = "\n".join(lines).strip()
+        body = "\n".join(found).strip()
         if body:
-            yield Document(body, id=f"{source.path}#1")
+            yield Document(body, id=f"{name}#{before + 1}", meta={"line": before + 1})
         return
-    for i, line in enumerate(lines, 1):
+    for i, line in enumerate(found, before + 1):
         if line.strip():
-            yield Document(line.strip(), id=f"{source.path}#{i}")
+            yield Document(line.strip(), id=f"{name}#{i}", meta={"line": i})
 
 
-def blocks(text: str, path: str):
+def blocks(numbered: Iterable[tuple[int, str]], name: str, fault: Fault) -> Iterator[Conversation]:
     """The conversations of a question file, each with the line where its block begins."""
     start, block = 1, list[str]()
-    for i, line in enumerate([*text.splitlines(), MARK], 1):
+    last = 0
+    for i, line in itertools.chain(numbered, [(-1, MARK)]):
+        last = i if i > 0 else last + 1
         if line.strip() != MARK:
             block.append(line)
             continue
         if any(part.strip() for part in block):
-            yield _pair(block, path, start)
-        start, block = i + 1, []
+            try:
+                yield _pair(block, name, start)
+            except MaeseError as problem:
+                fault(problem)
+        start, block = last + 1, []
 
 
 def _pair(block: list[str], path: str, start: int) -> Conversation:
@@ -124,9 +275,7 @@ def _pair(block: list[str], path: str, start: int) -> Conversation:
     into = None
     line = start
     for i, text in enumerate(block):
-        if "answer" in parts and QUESTION.match(
-            text
-        ):  # two blocks run together would be one answer with a question in it
+        if "answer" in parts and QUESTION.match(text):  # two blocks run together: one answer with a question in it
             raise MaeseError("DATA-08", path=path, line=start + i, label=MARK, found=text.strip()[:60])
         for name, mark in (("question", QUESTION), ("answer", ANSWER)):
             if mark.match(text) and name not in parts:
@@ -135,7 +284,7 @@ def _pair(block: list[str], path: str, start: int) -> Conversation:
                 line = start + i if name == "question" else line
         if into:
             parts[into].append(text)
-    said = {name: "\n".join(lines).strip() for name, lines in parts.items()}
+    said = {name: "\n".join(found).strip() for name, found in parts.items()}
     for name, label in (("question", "Pregunta:"), ("answer", "Respuesta:")):
         if not said.get(name):
             at, first = next((i, part.strip()) for i, part in enumerate(block) if part.strip())

@@ -23,11 +23,13 @@ GUTENBERG_END = re.compile(
     r"^(\*\*\* ?END OF (THE|THIS) PROJECT GUTENBERG|End of (the )?Project Gutenberg)", re.MULTILINE
 )
 
+TABLES = (".csv", ".tsv", ".parquet", ".json")
+
 GUTENBERG_CREDITS = re.compile(r"\A(?:Produced by|E-text prepared by|Credits:).*?(?:\n\s*\n|\Z)", re.DOTALL)
 
 
 def decode(raw: bytes, path: str) -> tuple[str, list[Note]]:
-    """The text of a file's bytes. Errors: DATA-02 (another encoding), DATA-06 (mojibake), DATA-05 (empty)."""
+    """The text of a file's bytes. Errors: DATA-02 (another encoding), DATA-11 (mojibake), DATA-05 (empty)."""
     notes: list[Note] = []
     if not raw.strip():
         raise MaeseError("DATA-05", path=path)
@@ -45,7 +47,7 @@ def decode(raw: bytes, path: str) -> tuple[str, list[Note]]:
         assert sample is not None
         word = re.search(r"\S*$", text[: sample.start()])
         found = (word.group() if word else "") + text[sample.start() : sample.end() + 6].split()[0]
-        raise MaeseError("DATA-06", path=path, line=broken[0], count=len(broken), sample=found, fixed=fixed_name(path))
+        raise MaeseError("DATA-11", path=path, line=broken[0], count=len(broken), sample=found, fixed=fixed_name(path))
     return normalise(text, notes)
 
 
@@ -84,21 +86,11 @@ def encoding_of(raw: bytes) -> str:
 
 
 def fixed_name(path: str) -> str:
+    """Where a mended copy goes unless told: `fixed_name("a/tutor.csv.gz")` is `a/tutor.fixed.jsonl`.
+
+    Tables are written out as JSONL, which has no cells to misplace.
+    """
     old = Path(path)
-    return str(old.with_name(f"{old.stem}.utf8{old.suffix}"))
-
-
-def fix(path: Path) -> tuple[str, str]:
-    """The repaired text of a file and the encoding it was in; the file itself is never touched."""
-    import ftfy
-
-    raw = path.read_bytes()
-    try:
-        encoding = "utf-8"
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        encoding = encoding_of(raw)
-        text = raw.decode(encoding, errors="replace")
-    # Whole file at once would let one clean line veto the repair of a broken one.
-    text = "\n".join(ftfy.fix_encoding(line) if MOJIBAKE.search(line) else line for line in text.splitlines())
-    return normalise(text + "\n", [])[0], encoding
+    bare = old.with_suffix("") if old.suffix.lower() in (".gz", ".zst") else old
+    suffix = ".jsonl" if bare.suffix.lower() in TABLES else bare.suffix
+    return str(bare.with_name(f"{bare.stem}.fixed{suffix}"))

@@ -1,15 +1,17 @@
-"""What is learnt and what is kept apart to be measured on.
+"""What is learnt and what is kept apart to be measured on: decided once, the same for ever.
 
-Raw text: the last lines of each document, in one piece, because lines drawn at random from a book have neighbours in
-training that give them away. Questions: by hash of the question, so that the same one falls on the same side for ever,
-whatever is added to the file.
+A raw text: its last part, in one piece, because lines drawn at random from a book have neighbours in training that give
+them away. Rows: by the hash of what they must not be parted from (the column `group`, or the question itself), so that
+an author, a work or a question falls on the same side whatever is added to the file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from typing import Any
 
+from maese.errors import MaeseError
 from maese.text.record import Conversation, Document
 
 
@@ -46,14 +48,33 @@ def _place(pieces: list[str], share: float) -> int:
     return cut
 
 
-def by_hash(rows: list[Conversation], share: float) -> tuple[list[Conversation], list[Conversation]]:
-    """Each conversation goes where the hash of its first question sends it."""
-    places = []
-    for row in rows:
-        key = " ".join(row.messages[0].content.lower().split())
-        places.append(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64)
-    # In a short file chance may keep none apart; then it is the nearest to it.
-    share = max(share, min(places)) if share and places else share
-    train = [row for row, place in zip(rows, places, strict=True) if place > share or not share]
-    held = [row for row, place in zip(rows, places, strict=True) if place <= share and share]
-    return train, held
+def group_of(item: Document | Conversation, column: str | None) -> str:
+    """What an item must not be parted from: its column, or its first question, or the document itself.
+
+    Error: DATA-23 (the column is not there).
+    """
+    if column is not None:
+        if column not in item.meta:
+            known = ", ".join(key for key in item.meta if key != "line") or "—"
+            raise MaeseError("DATA-23", column=column, where=item.id, known=known)
+        return " ".join(str(item.meta[column]).casefold().split())
+    if isinstance(item, Document):
+        return item.text
+    asked: Any = next((m.content for m in item.messages if m.role == "user"), item.messages[0].content)
+    return " ".join(asked.lower().split())
+
+
+def place(item: Document | Conversation, column: str | None = None) -> float:
+    """Where the hash of its group sends an item, in [0, 1): it is kept apart when that is at most the share."""
+    return chance(group_of(item, column))
+
+
+def chance(text: str) -> float:
+    """The same number in [0, 1) for the same text, here and everywhere."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8], "big") / 2**64
+
+
+def cut_at(share: float, lowest: float) -> float:
+    """Up to which place rows are kept apart. In a short file chance may keep none apart; then it is the nearest to it:
+    `cut_at(0.1, lowest=0.3)` is 0.3."""
+    return max(share, lowest) if share else -1.0

@@ -1,0 +1,216 @@
+"""Streams of bytes to rows: `(line, {"column": value})`, from JSON, CSV or parquet, one at a time.
+
+    for line, row in rows(piece, fault): …      (1, {"prompt": "¿Qué es una pila?", "completion": "…"})
+
+What cannot be read is handed to `fault`, which raises it or takes note and lets the reading go on.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+from maese.errors import MaeseError
+from maese.text.repair import encoding_of, fixed_name
+from maese.text.streams import Joined, Piece
+
+Fault = Callable[[MaeseError], None]
+Row = tuple[int, dict[str, Any]]
+# A line longer than this is no row that someone wrote: a whole file without line ends, or the wrong file.
+LONGEST_LINE = 16 * 2**20
+CHUNK = 2**20
+BOM = b"\xef\xbb\xbf"
+
+
+def rows(piece: Piece, fault: Fault) -> Iterator[Row]:
+    """Every row with its 1-based line (its number, in parquet).
+
+    Faults: DATA-02 (encoding), DATA-04 (JSON), DATA-15 (a line of more than 16 MiB), DATA-19 (cells), DATA-03.
+    """
+    if piece.suffix == ".parquet":
+        yield from _parquet(piece)
+        return
+    with piece.open() as stream:
+        if piece.suffix in (".csv", ".tsv"):
+            yield from _csv(piece, lines(stream, piece.name, fault), fault)
+        elif piece.suffix == ".json":
+            yield from _json(piece, stream, fault)
+        else:
+            yield from _jsonl(piece, lines(stream, piece.name, fault), fault)
+
+
+def lines(stream: BinaryIO, name: str, fault: Fault) -> Iterator[tuple[int, str]]:
+    """Numbered lines of text, without their ends. Byte order marks at the start, however many, are passed over."""
+    encoding, number = "utf-8", 0
+    while raw := stream.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(raw) > LONGEST_LINE:
+            fault(MaeseError("DATA-15", path=name, line=number, longest=LONGEST_LINE // 2**20))
+            while raw and not raw.endswith(b"\n"):
+                raw = stream.readline(CHUNK)
+            continue
+        if number == 1:
+            if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                fault(_encoding(name, raw, number))
+                wide = codecs.getreader("utf-16")(Joined(raw, stream), "replace")  # type: ignore[arg-type]
+                yield from ((i, line.rstrip("\r\n")) for i, line in enumerate(wide, 1))
+                return
+            while raw.startswith(BOM):
+                raw = raw.removeprefix(BOM)
+        try:
+            text = raw.decode(encoding)
+        except UnicodeDecodeError:
+            fault(_encoding(name, raw, number))
+            encoding = encoding_of(raw)
+            text = raw.decode(encoding, errors="replace")
+        yield number, text.rstrip("\r\n")
+
+
+def _encoding(name: str, raw: bytes, line: int) -> MaeseError:
+    return MaeseError("DATA-02", path=name, encoding=encoding_of(raw), line=line, fixed=fixed_name(name))
+
+
+def _jsonl(piece: Piece, numbered: Iterator[tuple[int, str]], fault: Fault) -> Iterator[Row]:
+    for line, text in numbered:
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as problem:
+            fault(_broken(piece.name, line, text, getattr(problem, "colno", 1)))
+            continue
+        if isinstance(row, dict):
+            yield line, row
+        else:
+            fault(_no_row(piece.name, line, row))
+
+
+def _broken(name: str, line: int, text: str, column: int) -> MaeseError:
+    """DATA-04 with the place pointed at: the text around it, and a caret below."""
+    start = max(0, column - 1 - 40)
+    shown = text[start : start + 60].replace("\t", " ")
+    return MaeseError(
+        "DATA-04", path=name, line=line, column=column, shown=shown, caret=" " * (column - 1 - start) + "^"
+    )
+
+
+def _no_row(name: str, line: int, found: Any) -> MaeseError:
+    return MaeseError("DATA-03", path=name, line=line, keys=json.dumps(found, ensure_ascii=False)[:60], command="")
+
+
+def _json(piece: Piece, stream: BinaryIO, fault: Fault) -> Iterator[Row]:
+    """An array of objects, objects one after another, or one object that holds the list, read as it comes."""
+    decoder = json.JSONDecoder()
+    reader: codecs.IncrementalDecoder = codecs.getincrementaldecoder("utf-8")()
+    buffer, at, line, ended, first, array = "", 0, 1, False, True, False
+    found = 0
+    while True:
+        while at < len(buffer) and buffer[at] in " \t\r\n,\ufeff":
+            line += buffer[at] == "\n"
+            at += 1
+        if first and at < len(buffer):
+            array, first = buffer[at] == "[", False
+            at += array
+            continue
+        if at < len(buffer) and array and buffer[at] == "]":
+            return
+        if at < len(buffer):
+            try:
+                row, end = decoder.raw_decode(buffer, at)
+                if not ended and end == len(buffer) and not isinstance(row, (dict, list)):
+                    raise json.JSONDecodeError("a number may go on", buffer, end)
+            except (json.JSONDecodeError, RecursionError) as problem:
+                if ended or len(buffer) - at > LONGEST_LINE:
+                    place = getattr(problem, "pos", at)
+                    before = buffer.rfind("\n", 0, place) + 1
+                    text = buffer[before:].split("\n", 1)[0]
+                    fault(_broken(piece.name, line + buffer.count("\n", at, place), text, place - before + 1))
+                    return
+            else:
+                held = _held(row) if not array and not found else None
+                found += 1
+                if held is not None:
+                    yield from enumerate(held, 1)
+                elif isinstance(row, dict):
+                    yield line, row
+                else:
+                    fault(_no_row(piece.name, line, row))
+                line += buffer.count("\n", at, end)
+                at = end
+                continue
+        elif ended:
+            return
+        # What is left is kept, and as much again is read: a long row costs its length, not its square.
+        raw = stream.read(max(CHUNK, len(buffer) - at))
+        ended = not raw
+        try:
+            buffer, at = buffer[at:] + reader.decode(raw, final=ended), 0
+        except UnicodeDecodeError:
+            fault(_encoding(piece.name, raw, line))
+            reader = codecs.getincrementaldecoder(encoding_of(raw))(errors="replace")
+            buffer, at = buffer[at:] + reader.decode(raw, final=ended), 0
+
+
+def _held(row: Any) -> list[dict[str, Any]] | None:
+    """The rows inside `{"data": [{…}, …]}`: an object with one list of objects and nothing that is itself a row."""
+    if not isinstance(row, dict) or {"messages", "conversations"} & row.keys():
+        return None
+    lists = [v for v in row.values() if isinstance(v, list) and v and all(isinstance(x, dict) for x in v)]
+    return lists[0] if len(lists) == 1 else None
+
+
+def _csv(piece: Piece, numbered: Iterator[tuple[int, str]], fault: Fault) -> Iterator[Row]:
+    import csv
+
+    csv.field_size_limit(LONGEST_LINE)
+    last = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal last
+        for number, text in numbered:
+            last = number
+            yield text + "\n"
+
+    source = texts()
+    head = next(source, "")
+    mark = "\t" if piece.suffix == ".tsv" else max(",;\t|", key=head.count)
+    names = next(csv.reader([head], delimiter=mark), [])
+    reader = csv.reader(source, delimiter=mark)
+    while True:
+        start = last + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error:
+            fault(MaeseError("DATA-19", path=piece.name, line=start, found="…", expected=len(names)))
+            continue
+        if cells is None:
+            return
+        if not any(cells):
+            continue
+        if len(cells) != len(names):
+            fault(MaeseError("DATA-19", path=piece.name, line=start, found=len(cells), expected=len(names)))
+            continue
+        yield start, dict(zip(names, cells, strict=True))
+
+
+def _parquet(piece: Piece) -> Iterator[Row]:
+    import io
+
+    try:
+        import pyarrow as arrow
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise MaeseError("DEP-01", package="pyarrow", extra="data") from None
+    number = 0
+    try:
+        with piece.open() as stream:
+            # Its index is at the end: inside an archive, which cannot jump, it is brought whole.
+            place = stream if stream.seekable() else io.BytesIO(stream.read())
+            for batch in parquet.ParquetFile(place).iter_batches(batch_size=1000):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except arrow.ArrowInvalid:
+        raise MaeseError("DATA-20", path=piece.name) from None
