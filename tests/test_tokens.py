@@ -9,7 +9,7 @@ from maese.recipe import Data
 from maese.text.record import Conversation, Document, Message
 from maese.tokens.batches import IGNORED, batches, collate, epoch_order, steps_per_epoch
 from maese.tokens.prepare import prepare
-from maese.tokens.template import encode, prompt_ids, render
+from maese.tokens.template import encode, open_template
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +17,10 @@ def tokenizer(tiny):
     from maese.model.load import load_tokenizer
 
     return load_tokenizer(tiny)
+
+
+def render(item, tokenizer, loss="assistant"):
+    return open_template("plain", tokenizer).render(item, loss)
 
 
 def pair(question: str, answer: str) -> Conversation:
@@ -54,7 +58,7 @@ def test_what_people_type_never_becomes_a_special_token(tokenizer, mark):
 
 def test_the_prompt_is_the_beginning_of_what_was_learnt(tokenizer):
     row = render(pair("¿Quién va?", "Yo."), tokenizer)
-    prompt = prompt_ids(tokenizer, "¿Quién va?", "qa")
+    prompt = open_template("plain", tokenizer).prompt_ids((Message("user", "¿Quién va?"),))
     assert row.ids[: len(prompt)] == prompt
     assert sum(row.mask[: len(prompt)]) == 0 and all(row.mask[len(prompt) :])
 

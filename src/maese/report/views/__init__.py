@@ -1,0 +1,1 @@
+"""Drawings of one thing each, as pure functions: data in, HTML out."""
