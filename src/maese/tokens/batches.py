@@ -1,18 +1,28 @@
 """Which examples go together and in what order: a pure function of (seed, epoch, position).
 
+    batches(23, 2, 3, …)                 for each step, its micro-batches as lists of row numbers
+    packed_batches(lengths, 512, 2, …)   the same of rows that hold several examples each
+    collate, collate_packed              those examples as tensors
+
 Nothing here has state, so a run that resumes at step k sees exactly what it would have seen.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from maese.tokens.pack import best_fit
 from maese.tokens.template import Example
+
+if TYPE_CHECKING:
+    import numpy as np
 
 IGNORED = -100  # the label that no loss looks at
 MULTIPLE = 8  # rows are padded to a multiple of it: matrix units like it, and few shapes repeat
+
+Row = TypeVar("Row")
 
 
 def epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
@@ -23,6 +33,7 @@ def epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
 
 
 def steps_per_epoch(rows: int, micro_batch: int, accumulation: int) -> int:
+    """Moves of the weights in one pass over the rows; packed rows are counted by `pack.packed_rows`."""
     return math.ceil(rows / (micro_batch * accumulation))
 
 
@@ -33,12 +44,40 @@ def batches(
 
     Every row is seen once an epoch; the last step of an epoch may be smaller.
     """
+    return _steps(lambda epoch: epoch_order(rows, seed, epoch), rows, micro_batch, accumulation, start, stop)
+
+
+def packed_batches(
+    lengths: Sequence[int] | np.ndarray,
+    capacity: int,
+    micro_batch: int,
+    accumulation: int,
+    seed: int,
+    start: int,
+    stop: int,
+) -> Iterator[list[list[list[int]]]]:
+    """For each step in `[start, stop)`, its micro-batches as lists of packed rows, each a list of example numbers.
+
+    Every example is seen once an epoch, in a row of `capacity` tokens at most. Epochs are packed anew, and all have
+    the same number of rows (`pack.packed_rows`), so a step has its place without the packings before it.
+    """
+    first = best_fit(lengths, capacity, seed, 0)
+
+    def order(epoch: int) -> list[list[int]]:
+        return best_fit(lengths, capacity, seed, epoch) if epoch else first
+
+    return _steps(order, len(first), micro_batch, accumulation, start, stop)
+
+
+def _steps(
+    order_of: Callable[[int], list[Row]], rows: int, micro_batch: int, accumulation: int, start: int, stop: int
+) -> Iterator[list[list[Row]]]:
     per_epoch = steps_per_epoch(rows, micro_batch, accumulation)
-    order: list[int] = []
+    order: list[Row] = []
     for step in range(start, stop):
         epoch, place = divmod(step, per_epoch)
         if not order or place == 0:
-            order = epoch_order(rows, seed, epoch)
+            order = order_of(epoch)
         chosen = order[place * micro_batch * accumulation : (place + 1) * micro_batch * accumulation]
         yield [chosen[i : i + micro_batch] for i in range(0, len(chosen), micro_batch)]
 
@@ -63,3 +102,32 @@ def collate(examples: list[Example], pad: int) -> dict[str, Any]:
         mask = torch.tensor(example.mask, dtype=torch.bool)
         labels[row, :n] = torch.where(mask, ids[row, :n], IGNORED)
     return {"input_ids": ids, "attention_mask": attention, "labels": labels}
+
+
+def collate_packed(rows: list[list[Example]], pad: int, width: int) -> dict[str, Any]:
+    """Rows of several examples each as tensors (B, T): input_ids, position_ids, labels. `width` is the most they hold.
+
+    Positions begin again at 0 with every example, and with the padding. There is no attention_mask, and that is how
+    the model knows: without one it takes every new 0 for the border of a document, and looks across none. The first
+    token of an example is never learnt, because nothing before it in its row is its own.
+    """
+    import torch
+
+    longest = max(sum(map(len, row)) for row in rows)
+    if longest > width:
+        raise ValueError(f"a row of {longest} tokens in rows of {width}")
+    wide = math.ceil(longest / MULTIPLE) * MULTIPLE
+    ids = torch.full((len(rows), wide), pad)
+    positions = torch.zeros((len(rows), wide), dtype=torch.long)
+    labels = torch.full((len(rows), wide), IGNORED)
+    for i, row in enumerate(rows):
+        at = 0
+        for example in row:
+            here = slice(at, at + len(example))
+            ids[i, here] = torch.tensor(example.ids)
+            positions[i, here] = torch.arange(len(example))
+            mask = torch.tensor([0, *example.mask[1:]], dtype=torch.bool)
+            labels[i, here] = torch.where(mask, ids[i, here], IGNORED)
+            at += len(example)
+        positions[i, at:] = torch.arange(wide - at)
+    return {"input_ids": ids, "position_ids": positions, "labels": labels}
