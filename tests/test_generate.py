@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from maese.errors import MaeseError
@@ -114,7 +116,7 @@ def test_the_first_word_keeps_its_space(monkeypatch):
             return "".join(self.words[i] for i in ids).replace("▁", " ").removeprefix(" ")
 
     monkeypatch.setattr("maese.generate.engine.stream_ids", lambda *_: iter([2, 3]))
-    monkeypatch.setattr("maese.generate.engine.template.prompt_ids", lambda *_: [0, 1])
+    monkeypatch.setattr("maese.generate.engine.Writer.prompt_ids", lambda *_: [0, 1])
     monkeypatch.setattr("maese.generate.engine.load.context_of", lambda _: 100)
     heard: list[str] = []
     answer = Writer(_NoModel(), Metaspace(), Generate()).generate("En un", on_text=heard.append)
@@ -129,7 +131,7 @@ class Scripted:
         pieces = [raw[i : i + chunk] for i in range(0, len(raw), chunk)]
         self.pieces, self.eos_token_id, self.bos_token_id = [*pieces, b"x"], -1, None  # the last one is the prompt
         monkeypatch.setattr("maese.generate.engine.stream_ids", lambda *_: iter(range(len(pieces))))
-        monkeypatch.setattr("maese.generate.engine.template.prompt_ids", lambda *_: [len(pieces)])
+        monkeypatch.setattr("maese.generate.engine.Writer.prompt_ids", lambda *_: [len(pieces)])
         monkeypatch.setattr("maese.generate.engine.load.context_of", lambda _: 10_000)
 
     def decode(self, ids):
@@ -175,7 +177,7 @@ def test_stop_marks_end_the_text_and_are_never_shown(monkeypatch, live):
 def test_an_answer_does_not_begin_with_the_space_after_its_label(monkeypatch):
     heard: list[str] = []
     writer = scripted(monkeypatch, " Son cuatro.")
-    writer.format = "qa"
+    writer.format, writer.renderer = "qa", SimpleNamespace(stop_ids=frozenset())
     assert writer.generate("x", on_text=heard.append).text == "Son cuatro." == "".join(heard)
 
 

@@ -15,7 +15,6 @@ from maese.generate.engine import Writer, open_folder, open_writer
 from maese.model import adapter, load
 from maese.model.fingerprint import fingerprint, untouched
 from maese.run import Run
-from maese.tokens.template import prompt_ids
 
 
 def compare(
@@ -30,7 +29,7 @@ def compare(
         folder = load.resolve(recipe.base)
         adapter.check_base(run.final, folder)  # a base replaced since then was never the «before» of this run
         model, _ = open_folder(folder)
-        before = Writer(model, after.tokenizer, after.settings, after.format)
+        before = Writer(model, after.tokenizer, after.settings, after.format, after.template)
 
     with untouched(before.model):
         print_before = fingerprint(before.model)
@@ -68,7 +67,7 @@ def logit_difference(before: Writer, after: Writer, prompt: str) -> float:
     """The largest absolute difference between the logits of the two sides over a prompt."""
     import torch
 
-    ids = prompt_ids(after.tokenizer, prompt, after.format)
+    ids = after.prompt_ids(prompt)
     if len(ids) >= load.context_of(after.model):
         raise MaeseError("GEN-01", tokens=len(ids), longest=load.context_of(after.model))
     with torch.inference_mode():

@@ -19,7 +19,6 @@ from maese.model.load import context_of
 from maese.recipe import scalar
 from maese.run import write_whole
 from maese.text.record import Message
-from maese.tokens.template import prompt_ids
 
 SETTINGS = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "sentences", "seed")
 COMMANDS = ("help", *SETTINGS, "retry", "clear", "tokens", "save", "exit")
@@ -35,7 +34,7 @@ class Chat:
 
     def reply(self, text: str, on_text: Callable[[str], object] | None = None) -> Answer:
         """The model's answer to a new turn. A model of raw text continues what was typed and remembers nothing."""
-        before = self._that_fit(text) if self.writer.format == "qa" else ()
+        before = self._that_fit(text) if self.writer.format != "text" else ()
         answer = self.writer.generate(text, before=before, on_text=on_text, **self.settings)
         self.turns += [Message("user", text), Message("assistant", answer.text.strip())]
         return answer
@@ -46,7 +45,7 @@ class Chat:
         room = context_of(self.writer.model) - min(chosen.max_new_tokens, context_of(self.writer.model) // 2)
         start = 0
         while start < len(self.turns):
-            ids = prompt_ids(self.writer.tokenizer, text, "qa", tuple(self.turns[start:]))
+            ids = self.writer.prompt_ids(text, tuple(self.turns[start:]))
             if len(ids) <= room:
                 break
             start += 2

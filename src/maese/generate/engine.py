@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from maese.generate import sentences
 from maese.generate.sample import draw, probabilities
 from maese.model import adapter, load
 from maese.text.record import Message
-from maese.tokens import template
+from maese.tokens.template import Renderer, encode, open_template, opening
 
 # Up to this size one row of one token is bound by memory, not by arithmetic: a second thread gains 5 % on a quiet
 # machine (161 against 151 tokens/s, 8.5 M parameters, two cores) and loses 40 to 90 % of the speed when anything else
@@ -84,8 +85,23 @@ class Answer:
 class Writer:
     """A model with its tokenizer and its way of writing."""
 
-    def __init__(self, model: Any, tokenizer: Any, settings: recipes.Generate, format: str = "text") -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, settings: recipes.Generate, format: str = "text", template: str = "plain"
+    ) -> None:
         self.model, self.tokenizer, self.settings, self.format = model, tokenizer, settings, format
+        self.template = template
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        return open_template(self.template, self.tokenizer)
+
+    def prompt_ids(self, prompt: str, before: tuple[Message, ...] = ()) -> list[int]:
+        """The ids the model continues: the text itself, or the question as it was rendered in training."""
+        if self.format != "text":
+            return self.renderer.prompt_ids((*before, Message("user", prompt)))
+        ids = opening(self.tokenizer) + encode(self.tokenizer, prompt)
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        return ids or [bos if bos is not None else eos]
 
     def generate(
         self,
@@ -102,7 +118,7 @@ class Writer:
         answer's `reason` is not `sentences`; `tries` seeds are tried before giving up, one if it is being streamed.
         """
         chosen = self.with_settings(settings)
-        ids = template.prompt_ids(self.tokenizer, prompt, self.format, before)
+        ids = self.prompt_ids(prompt, before)
         answer = self._write(ids, chosen, on_text)
         for seed in range(chosen.seed + 1, chosen.seed + tries):
             if on_text or not chosen.sentences or answer.reason == "sentences":
@@ -131,7 +147,7 @@ class Writer:
         for token in stream_ids(self.model, ids, settings, self.stop_ids()):
             new.append(token)
             text = self.tokenizer.decode(anchor + new)[before:]
-            text = text.lstrip() if self.format == "qa" else text  # the space after «Respuesta:» is no part of it
+            text = text.lstrip() if self.format != "text" else text  # the space after «Respuesta:» is no part of it
             done = self._finished(text, settings)
             if done is not None:
                 text, reason = done
@@ -175,6 +191,8 @@ class Writer:
         ends = {self.tokenizer.eos_token_id}
         listed = getattr(self.model.generation_config, "eos_token_id", None)
         ends.update(listed if isinstance(listed, list) else [listed])
+        if self.format != "text":
+            ends |= self.renderer.stop_ids
         return {token for token in ends if token is not None}
 
 
@@ -186,13 +204,17 @@ def open_writer(what: str | Path | runs.Run, base: bool = False) -> Writer:
     run = what if isinstance(what, runs.Run) else _as_run(str(what))
     if run is None:
         folder = load.resolve(str(what))
-        return Writer(*open_folder(folder), recipes.Generate(), "text")
+        model, tokenizer = open_folder(folder)
+        # A model that carries a template was taught to converse by it.
+        talks = getattr(tokenizer, "chat_template", None) is not None
+        kind = ("messages", "model") if talks else ("text", "plain")
+        return Writer(model, tokenizer, recipes.Generate(), *kind)
     recipe = run.recipe()
     if not base and not run.final.is_dir():
         raise MaeseError("RUN-05", run=str(run.path))
     folder = load.resolve(recipe.base) if base else run.final
     model, tokenizer = open_folder(folder, recipe.base)
-    return Writer(model, tokenizer, recipe.generate, recipe.data.format)
+    return Writer(model, tokenizer, recipe.generate, recipe.data.format, recipe.data.template)
 
 
 def open_folder(folder: Path, base: str | None = None) -> tuple[Any, Any]:

@@ -12,17 +12,27 @@ from maese.model.adapter import ABOUT
 from maese.model.load import weights_hash
 from maese.recipe import Recipe
 from maese.run import disk, sync
+from maese.tokens.template import Renderer
 
 
-def save_final(model: Any, tokenizer: Any, folder: Path, recipe: Recipe, base: Path) -> None:
-    """Write model or adapter, tokenizer and generation settings, whole or not at all."""
+def save_final(
+    model: Any, tokenizer: Any, folder: Path, recipe: Recipe, base: Path, renderer: Renderer | None = None
+) -> None:
+    """Write model or adapter, tokenizer and generation settings, whole or not at all.
+
+    With the `renderer` of its conversations, the tokenizer carries the same template and the settings its end tokens.
+    """
     draft = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     with disk(folder):
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         try:
             _save_weights(model, draft, recipe, base)
-            generation_config(model, recipe).save_pretrained(draft)  # after the model, which writes its own
+            settings = generation_config(model, recipe)
+            if renderer:
+                tokenizer.chat_template = renderer.jinja
+                settings.eos_token_id = sorted(renderer.stop_ids | _listed(settings.eos_token_id))
+            settings.save_pretrained(draft)  # after the model, which writes its own
             tokenizer.save_pretrained(draft)
             for path in draft.iterdir():
                 sync(path)
@@ -62,6 +72,10 @@ def _save_weights(model: Any, folder: Path, recipe: Recipe, base: Path) -> None:
         config["base_model_name_or_path"] = str(base.absolute()) if here else name
         config["revision"] = revision or None if not here else None
         path.write_text(json.dumps(config, ensure_ascii=False, indent=1, sort_keys=True), encoding="utf-8")
+
+
+def _listed(ends: int | list[int] | None) -> set[int]:
+    return set() if ends is None else {ends} if isinstance(ends, int) else {*ends}
 
 
 def generation_config(model: Any, recipe: Recipe) -> Any:

@@ -1,118 +1,224 @@
-"""From a recipe's sources to the examples the loop will see, and the facts of everything that was done on the way."""
+"""From a recipe's sources to the examples the loop will see, once: afterwards they are opened from files.
+
+    prepared = prepare(recipe.data, tokenizer, longest=512)
+    prepared.train[0]                  Example(ids=[…], mask=[…])
+
+Two passes over the sources, neither of which holds them: the doctor looks, and refuses; then rows are cleaned, put on
+their side, rendered, cut, and written. Whatever is left out is counted and kept in `dropped.jsonl` with its reason.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from dataclasses import dataclass
+import itertools
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from maese.errors import MaeseError
 from maese.recipe import Data
-from maese.text import read, split
+from maese.text import read
+from maese.text.convert import row_of
+from maese.text.deal import Examined, Parcel, examine, flow, summary
+from maese.text.read import Reading
 from maese.text.record import Note
-from maese.tokens.template import Example, render
+from maese.tokens import store
+from maese.tokens.encode import encoder_of
+from maese.tokens.settle import settle
+from maese.tokens.template import Example, open_template
 
 # A corpus far shorter than this teaches nothing that could be told from noise.
 FEWEST_ROWS = 2
+AT_ONCE = 512  # items encoded together
+COMMIT = 50 * AT_ONCE  # items after which what is written is made safe
+KEPT_GIB = 10.0  # of prepared files, those used last
+FORMAT = 1  # of the prepared files: raised when the same recipe would give other ids
 
 
 @dataclass
 class Prepared:
-    train: list[Example]
-    validation: list[Example]
+    train: store.Rows
+    validation: store.Rows
     format: str
     facts: dict[str, Any]
     notes: list[Note]
+    folder: Path
 
 
-def prepare(data: Data, tokenizer: Any, longest: int) -> Prepared:
-    """Read, split, render, and settle what is too long. `longest` is the context of the model, in tokens.
+Progress = Callable[[int], object]
 
-    Errors: those of `text.read`; DATA-07 (sources of different shapes), DATA-09 (rows too long), DATA-10 (too little
-    text), BATCH-01 (max_length beyond the context of the model).
+
+def prepare(
+    data: Data, tokenizer: Any, longest: int, prompts: Iterable[str] = (), progress: Progress | None = None
+) -> Prepared:
+    """Prepare a recipe's data for a tokenizer and a model of `longest` tokens of context, or open what was prepared.
+
+    `prompts` are those of the evaluation, looked for in what is learnt; `progress` receives how many items are done.
+    Errors: those of `text.read` and `open_template`; DATA-06 and DATA-13 (too many faulty rows), DATA-07 (sources of
+    different kinds), DATA-09 (rows too long), DATA-10 (too little text), BATCH-01 (max_length beyond the model),
+    BATCH-02 (max_length shorter than the template).
     """
     if data.max_length > longest:
         raise MaeseError("BATCH-01", found=data.max_length, longest=longest)
-    readings = [read.read(source, data.format) for source in data.sources]
-    shapes = {reading.format for reading in readings}
-    if len(shapes) > 1:
-        first, other = readings[0], next(r for r in readings if r.format != readings[0].format)
-        raise MaeseError("DATA-07", path=first.path, format=first.format, other=other.path, other_format=other.format)
-    kind = shapes.pop()
-    dropped: Counter[str] = Counter()
-    divided = _divide(readings, data.validation)
-    sides = [[render(item, tokenizer, data.loss) for item in side] for side in divided]
-    _refuse_long([*sides[0], *sides[1]], data)
-    train, validation = (list(_settle(rows, data, dropped)) for rows in sides)
-    if len(train) < FEWEST_ROWS or (data.validation and not validation):
-        needed = FEWEST_ROWS + int(data.validation > 0)
-        found = sum(len(row) for row in train + validation)
-        raise MaeseError("DATA-10", rows=len(train) + len(validation), tokens=found, needed=needed)
-    facts = {
-        "format": kind,
-        "sources": [reading.facts() for reading in readings],
-        "split": "tail" if kind == "text" else "hash",
-        "dropped": dict(dropped),
+    if data.stride >= data.max_length:
+        raise MaeseError("USE-03", key="data.stride", found=str(data.stride), expected=f"< {data.max_length}")
+    readings = [read.open_source(source, data.format) for source in data.sources]
+    _one_kind(readings, data)
+    encode_many = encoder_of(tokenizer).many if tokenizer.is_fast else None
+    renderer = open_template(data.template, tokenizer, encode_many)
+    if readings[0].kind == "chat":
+        renderer.refuse_short(data.max_length)
+
+    def fill(writer: store.Writer) -> dict[str, Any]:
+        examined = [examine(reading, data, list(prompts)) for reading in readings]
+        return _fill(writer, readings, examined, data, renderer, progress)
+
+    folder = store.cached(store.place(_key(data, readings, tokenizer)), len(tokenizer), fill)
+    store.prune(KEPT_GIB)
+    prepared = _open(folder, data)
+    if readings[0].kind == "chat":
+        prepared.notes.extend(renderer.notes)
+    return prepared
+
+
+def _one_kind(readings: list[Reading], data: Data) -> None:
+    first = readings[0]
+    for other in readings[1:]:
+        if other.kind != first.kind:
+            facts = {"path": first.path, "format": first.format, "other": other.path, "other_format": other.format}
+            raise MaeseError("DATA-07", **facts)
+    if first.kind == "chat" and data.too_long == "split":
+        raise MaeseError("USE-03", key="data.too_long", found="split", expected="error | drop | truncate")
+
+
+def _open(folder: Path, data: Data) -> Prepared:
+    train, validation = (store.Rows.open(folder, side) for side in store.SIDES)
+    facts = train.meta | {
         "train": _count(train),
         "validation": _count(validation),
-        "ids_sha256": _hash(train + validation),
+        "ids_sha256": hashlib.sha256(f"{train.sha256}{validation.sha256}".encode()).hexdigest(),
     }
-    return Prepared(train, validation, kind, facts, [note for reading in readings for note in reading.notes])
-
-
-def _divide(readings: list[read.Reading], share: float):
-    train: list = []
-    held: list = []
-    for reading in readings:
-        sides = (
-            split.tail(reading.documents, share) if reading.documents else split.by_hash(reading.conversations, share)
+    if len(train) < FEWEST_ROWS or (data.validation and not len(validation)):
+        needed = FEWEST_ROWS + int(data.validation > 0)
+        raise MaeseError(
+            "DATA-10", rows=len(train) + len(validation), tokens=train.tokens + validation.tokens, needed=needed
         )
-        train += sides[0]
-        held += sides[1]
-    return train, held
+    notes = [(key, about) for key, about in facts.pop("notes")]
+    return Prepared(train, validation, facts["format"], facts, notes, folder)
 
 
-def _refuse_long(rows: list[Example], data: Data) -> None:
-    """DATA-09 over everything there is: the length it proposes must fit what is kept apart too."""
-    long = [row for row in rows if len(row) > data.max_length]
-    if long and data.too_long == "error":
-        longest = max(long, key=len)
-        facts = {"longest": len(longest), "where": longest.id}
-        raise MaeseError("DATA-09", count=len(long), total=len(rows), limit=data.max_length, **facts)
+def _count(rows: store.Rows) -> dict[str, int]:
+    return {"rows": len(rows), "tokens": rows.tokens, "targets": int(rows.targets.sum())}
 
 
-def _settle(rows: list[Example], data: Data, dropped: Counter[str]):
-    """Rows that fit, by the recipe's choice: error, drop, truncate (the end token stays) or split (raw text)."""
-    limit = data.max_length
-    for row in rows:
-        if not row.targets:
-            dropped["nothing_to_learn"] += 1
-        elif len(row) <= limit:
-            yield row
-        elif data.too_long == "drop":
-            dropped["too_long"] += 1
-        elif data.too_long == "truncate" and not any(row.mask[: limit - 1]):
-            # The question alone fills the row: only its end would be learnt, in the middle of a word.
-            dropped["nothing_to_learn"] += 1
-        elif data.too_long == "truncate":
-            cut = Example([*row.ids[: limit - 1], row.ids[-1]], [*row.mask[: limit - 1], row.mask[-1]], row.id)
-            dropped["truncated"] += 1
-            yield cut
-        else:
-            for start in range(0, len(row), limit):
-                ids, mask = row.ids[start : start + limit], [0, *row.mask[start + 1 : start + limit]]
-                if any(mask):  # a piece of a question alone has nothing to be learnt from
-                    yield Example(ids, mask, f"{row.id}@{start}")
+def _key(data: Data, readings: list[Reading], tokenizer: Any) -> str:
+    """What the prepared files depend on, and nothing else: the same words, tokenizer and choices are the same files."""
+    template = Path(data.template)
+    facts = {
+        "format": FORMAT,
+        "data": data.model_dump() | {"packing": False},
+        "sources": [(reading.format, reading.sha256) for reading in readings],
+        "tokenizer": _fingerprint(tokenizer),
+        "ends": [tokenizer.bos_token_id, tokenizer.eos_token_id],
+        "template": template.read_text("utf-8") if template.is_file() else getattr(tokenizer, "chat_template", None),
+    }
+    return store.key(facts)
 
 
-def _hash(rows: list[Example]) -> str:
-    """What is learnt, down to the last id: two runs with the same hash see the same numbers."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(f"{row.ids}{row.mask}".encode())
-    return digest.hexdigest()
+def _fingerprint(tokenizer: Any) -> str:
+    spec = (
+        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    )
+    return hashlib.sha256(spec.encode()).hexdigest()
 
 
-def _count(rows: list[Example]) -> dict[str, int]:
-    return {"rows": len(rows), "tokens": sum(map(len, rows)), "targets": sum(row.targets for row in rows)}
+@dataclass
+class _Account:
+    """What is counted while writing, kept with each commit so that a preparation can go on."""
+
+    dropped: dict[str, int] = field(default_factory=dict)
+    long: int = 0
+    longest: int = 0
+    where: str = ""
+    rendered: int = 0
+
+    def drop(self, writer: store.Writer, reason: str, facts: dict[str, Any]) -> None:
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        writer.drop({"reason": reason} | facts)
+
+
+def _fill(
+    writer: store.Writer, readings: list[Reading], examined: list[Examined], data: Data, renderer: Any,
+    progress: Progress | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Write every example to its side; returns the facts that are kept with them."""
+    account = _Account(**writer.state)
+    dealt = flow(readings, examined, data)
+    done = sum(1 for _ in itertools.islice(dealt, writer.done_items))
+    while chosen := list(itertools.islice(dealt, AT_ONCE)):
+        _write(writer, chosen, data, renderer, account)
+        done += len(chosen)
+        if done % COMMIT < AT_ONCE:
+            writer.commit(done, dict(vars(account)))
+        if progress:
+            progress(done)
+    if account.long and data.too_long == "error":
+        facts = {"longest": account.longest, "where": account.where}
+        raise MaeseError("DATA-09", count=account.long, total=account.rendered, limit=data.max_length, **facts)
+    writer.commit(done, dict(vars(account)))
+    return _facts(readings, examined, data, account)
+
+
+def _write(writer: store.Writer, chosen: list[Parcel], data: Data, renderer: Any, account: _Account) -> None:
+    """Render a handful of items, settle those that are too long, and add what is left to its side."""
+    kept = [parcel for parcel in chosen if parcel.item is not None]
+    for parcel in chosen:
+        if parcel.item is None:
+            account.drop(writer, parcel.reason, parcel.facts)
+    items = [parcel.item for parcel in kept]
+    for parcel, example in zip(kept, renderer.render_many(items, data.loss), strict=True):
+        account.rendered += 1
+        for settled in _settled(writer, parcel.item, example, data, renderer, account):
+            for _ in range(parcel.copies):
+                writer.add(parcel.side, settled)
+
+
+def _settled(
+    writer: store.Writer, item: Any, example: Example, data: Data, renderer: Any, account: _Account
+) -> list[Example]:
+    about = {"id": item.id} | row_of(item)
+    if not example.targets:
+        account.drop(writer, "nothing_to_learn", about)
+        return []
+    if len(example) <= data.max_length:
+        return [example]
+    account.long += 1
+    if len(example) > account.longest:
+        account.longest, account.where = len(example), item.id
+    if data.too_long == "error":  # told when all have been seen: the length it proposes must fit them all
+        return []
+    found = settle(item, example, renderer, data)
+    if not found:
+        account.drop(writer, "too_long" if data.too_long == "drop" else "nothing_to_learn", about)
+    elif data.too_long == "truncate":
+        account.dropped["truncated"] = account.dropped.get("truncated", 0) + 1
+    return found
+
+
+def _facts(readings: list[Reading], examined: list[Examined], data: Data, account: _Account) -> dict[str, Any]:
+    formats = {reading.format for reading in readings}
+    notes = [note for reading in readings for note in reading.notes]
+    if left_out := sum(count for reason, count in account.dropped.items() if reason != "truncated"):
+        notes.append(("data.note.left_out", {"count": left_out}))
+    notes += [("data.note.health", {"path": x.audit.path}) for x in examined if x.audit.of("warning")]
+    return {
+        "format": formats.pop() if len(formats) == 1 else "auto",
+        "sources": [reading.facts() for reading in readings],
+        "split": "tail" if all(seen.one_piece for seen in examined) else "hash",
+        "template": data.template if readings[0].kind == "chat" else None,
+        "dropped": account.dropped,
+        "audit": [summary(seen.audit) for seen in examined],
+        "notes": [list(note) for note in notes],
+    }

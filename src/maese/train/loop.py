@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,7 +22,7 @@ from maese.evaluate.likelihood import loss_sum
 from maese.model import load
 from maese.plan.machine import memory_used_gib
 from maese.recipe import Recipe
-from maese.tokens.batches import batches, collate, steps_per_epoch
+from maese.tokens.batches import batches, collate, collate_packed, packed_batches, steps_per_epoch
 from maese.train import checkpoint
 from maese.train.milestones import end, finish, look, plan, save
 from maese.train.optim import rate
@@ -62,6 +63,8 @@ def _begin(session: Session, resumed_from: int | None) -> None:
     """The first events of a run: what it is, what it will cost, and what the untouched base does."""
     if session.main:
         session.run.write("data.json", session.data.facts)
+        if (left_out := session.data.folder / "dropped.jsonl").stat().st_size:
+            shutil.copy(left_out, session.run.path)
     _start(session, 0, resumed_from)
     for key, facts in session.data.notes:
         session.tell("warning", step=0, code=key, facts=facts)
@@ -102,16 +105,15 @@ def _same_data(session: Session) -> None:
 
 def _loop(session: Session) -> None:
     recipe, state, steps = session.recipe, session.state, session.steps
-    rows, train = session.data.train, recipe.train
-    each = steps_per_epoch(len(rows), train.micro_batch, train.accumulation)
+    train = recipe.train
+    each = steps_per_epoch(session.rows, train.micro_batch, train.accumulation)
     session.note(status="training", steps=steps)
     session.model.train()
     reason = "finished"
-    order = batches(len(rows), train.micro_batch, train.accumulation, train.seed, state.step, steps)
-    for micro_batches in order:
+    for micro_batches in _order(session, state.step, steps):
         began = time.monotonic()
         lr = rate(state.step, steps, train)
-        loss, norm, tokens = _step(session, [[rows[i] for i in chosen] for chosen in micro_batches], lr)
+        loss, norm, tokens = _step(session, micro_batches, lr)
         took = time.monotonic() - began
         state.step, state.tokens, state.seconds = state.step + 1, state.tokens + tokens, state.seconds + took
         session.tell(
@@ -120,7 +122,7 @@ def _loop(session: Session) -> None:
             seconds=round(state.seconds, 3),
         )  # fmt: skip
         last = state.step == steps
-        if (state.step % recipe.eval.every == 0 or last) and session.data.validation:
+        if (state.step % recipe.eval.every == 0 or last) and len(session.data.validation):
             look(session, final=False)
             if train.patience and state.worse >= train.patience and not last:
                 reason = "early_stop"
@@ -135,19 +137,35 @@ def _loop(session: Session) -> None:
     finish(session, reason)
 
 
+def _order(session: Session, start: int, stop: int) -> Iterator[list[list[Any]]]:
+    """For each step its micro-batches: lists of row numbers, or of packed rows, which are lists of them."""
+    data, train, rows = session.recipe.data, session.recipe.train, session.data.train
+    sizes = (train.micro_batch, train.accumulation, train.seed, start, stop)
+    return packed_batches(rows.lengths, data.max_length, *sizes) if data.packing else batches(len(rows), *sizes)
+
+
+def _gather(session: Session, chosen: list[Any], pad: int) -> dict[str, Any]:
+    """The tensors of one micro-batch."""
+    rows, data = session.data.train, session.recipe.data
+    if data.packing:
+        return collate_packed([[rows[i] for i in packed] for packed in chosen], pad, data.max_length)
+    return collate([rows[i] for i in chosen], pad)
+
+
 def _step(session: Session, micro_batches: list[list[Any]], lr: float) -> tuple[float, float, int]:
     """One move of the weights: mean loss over the step's targets (nats), norm of the gradient, real tokens seen."""
     accelerator, optimizer = session.accelerator, session.optimizer
     world, rank = accelerator.num_processes, accelerator.process_index
     # What the whole step learns from, on every process: the mean is over targets, not over micro-batches.
-    targets = sum(example.targets for rows in micro_batches for example in rows)
+    rows = [i for chosen in micro_batches for row in chosen for i in (row if isinstance(row, list) else [row])]
+    targets = int(session.data.train.targets[rows].sum())
     # A process left without work in a short step still takes part in the exchange, with a loss that weighs nothing.
     mine, weight = micro_batches[rank::world], world / targets
     if not mine:
         mine, weight = micro_batches[:1], 0.0
     pad, total = load.pad_id(session.tokenizer), 0.0
-    for i, rows in enumerate(mine):
-        batch = {k: v.to(accelerator.device) for k, v in collate(rows, pad).items()}
+    for i, chosen in enumerate(mine):
+        batch = {k: v.to(accelerator.device) for k, v in _gather(session, chosen, pad).items()}
         with accelerator.no_sync(session.model) if i + 1 < len(mine) else nullcontext():
             loss = loss_sum(session.model, batch)
             # Distribution averages the gradients over processes; this makes it the sum again.
@@ -169,4 +187,4 @@ def _step(session: Session, micro_batches: list[list[Any]], lr: float) -> tuple[
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss_value, norm, sum(len(example) for rows in micro_batches for example in rows)
+    return loss_value, norm, int(session.data.train.lengths[rows].sum())

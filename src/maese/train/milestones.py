@@ -10,6 +10,7 @@ from maese.model import load
 from maese.model.fingerprint import parameters
 from maese.model.save import save_final
 from maese.plan.machine import memory_peak_gib
+from maese.tokens.template import open_template
 from maese.train import checkpoint
 from maese.train.session import Session
 
@@ -34,7 +35,7 @@ def look(session: Session, final: bool) -> None:
     """Validate, remember the best, and write a glance of what the model says now."""
     state, recipe = session.state, session.recipe
     model = session.accelerator.unwrap_model(session.model)
-    if session.data.validation and not final:
+    if len(session.data.validation) and not final:
         with session.accelerator.autocast():
             pad = load.pad_id(session.tokenizer)
             loss, targets = mean_loss(session.model, session.data.validation, pad, max(4, recipe.train.micro_batch))
@@ -55,7 +56,8 @@ def look(session: Session, final: bool) -> None:
     model.eval()
     short = min(GLANCE_TOKENS, recipe.generate.max_new_tokens)
     glance = recipe.generate.model_copy(update={"max_new_tokens": short, "sentences": None})
-    writer = Writer(model, session.tokenizer, recipe.generate if whole else glance, recipe.data.format)
+    settings = recipe.generate if whole else glance
+    writer = Writer(model, session.tokenizer, settings, recipe.data.format, recipe.data.template)
     for prompt in recipe.eval.prompts if whole else recipe.eval.prompts[:1]:
         answer = writer.generate(prompt)
         session.tell("sample", step=state.step, prompt=prompt, text=answer.text, final=final)
@@ -84,7 +86,9 @@ def finish(session: Session, reason: str) -> None:
         checkpoint.load_weights(best, model)
         chosen = state.best_step
     if session.main:
-        save_final(model, session.tokenizer, session.run.final, recipe, session.base)
+        talks = recipe.data.format != "text"
+        renderer = open_template(recipe.data.template, session.tokenizer) if talks else None
+        save_final(model, session.tokenizer, session.run.final, recipe, session.base, renderer)
         session.tell("saved", step=chosen, what="final", path=str(session.run.final))
     look(session, final=True)
     end(session, reason, chosen)

@@ -8,16 +8,20 @@ import threading
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from maese import recipe as recipes
 from maese import run as runs
 from maese.errors import Interrupted, MaeseError
+from maese.evaluate.likelihood import refuse_blended
 from maese.model import adapter, load
 from maese.plan.machine import Machine, machine
 from maese.recipe import Recipe
+from maese.text import streams
 from maese.tokens.batches import steps_per_epoch
+from maese.tokens.pack import packed_rows
 from maese.tokens.prepare import Prepared, prepare
 from maese.train.optim import optimizer as build_optimizer
 
@@ -57,10 +61,16 @@ class Session:
     def main(self) -> bool:
         return self.accelerator.is_main_process
 
+    @cached_property
+    def rows(self) -> int:
+        """Rows of an epoch: examples, or what they are packed into."""
+        data = self.recipe.data
+        return packed_rows(self.data.train.lengths, data.max_length) if data.packing else len(self.data.train)
+
     @property
     def steps(self) -> int:
         train = self.recipe.train
-        each = steps_per_epoch(len(self.data.train), train.micro_batch, train.accumulation)
+        each = steps_per_epoch(self.rows, train.micro_batch, train.accumulation)
         whole = max(1, math.ceil(train.epochs * each))
         return min(whole, train.max_steps) if train.max_steps else whole
 
@@ -91,7 +101,9 @@ def open_session(recipe: Recipe, run: runs.Run | None, watch: Watch) -> Session:
     # Frozen weights can stay in few bits; what trains keeps 32, or small updates would be rounded away.
     frozen = recipe.method.kind == "lora" and here.precision != "fp32"
     model = load.load_model(base, here.precision if frozen else "fp32")
-    data = prepare(recipe.data, tokenizer, load.context_of(model))
+    data = prepare(recipe.data, tokenizer, load.context_of(model), recipe.eval.prompts, _telling(watch))
+    if recipe.data.packing:
+        refuse_blended(model, recipe.base)
     torch.manual_seed(recipe.train.seed)
     if recipe.method.kind == "lora":
         model = adapter.add_lora(model, recipe.method)
@@ -116,6 +128,11 @@ def open_session(recipe: Recipe, run: runs.Run | None, watch: Watch) -> Session:
     return Session(run, resolved, model, tokenizer, data, here, accelerator, base, watch, optimizer)
 
 
+def _telling(watch: Watch) -> Callable[[int], object] | None:
+    """What is prepared, shown to whoever watches; it is no event of the run, which does not exist yet."""
+    return (lambda done: watch({"type": "preparing", "items": done})) if watch else None
+
+
 def anywhere(recipe: Recipe) -> Recipe:
     """The recipe with its base and texts as they are found from any folder.
 
@@ -123,11 +140,18 @@ def anywhere(recipe: Recipe) -> Recipe:
     """
 
     def absolute(source: recipes.Source) -> recipes.Source:
-        path = Path(source.path).expanduser()
-        ours = path.is_file() and path.resolve() != recipes.shipped(source.path).resolve()
+        if source.path is None:
+            return source
+        path = streams.locate(source.path) if source.path == "-" else Path(source.path).expanduser()
+        ours = path.exists() and path.resolve() != recipes.shipped(source.path).resolve()
         return source.model_copy(update={"path": str(path.absolute())}) if ours else source
 
-    data = recipe.data.model_copy(update={"sources": [absolute(source) for source in recipe.data.sources]})
+    template = Path(recipe.data.template).expanduser()
+    changes = {
+        "sources": [absolute(source) for source in recipe.data.sources],
+        "template": str(template.absolute()) if template.is_file() else recipe.data.template,
+    }
+    data = recipe.data.model_copy(update=changes)
     folder = Path(recipe.base).expanduser()
     name = str(folder.absolute()) if recipe.base != "embedded" and folder.is_dir() else recipe.base
     return recipe.model_copy(update={"base": name, "data": data})

@@ -1,0 +1,158 @@
+"""Which side each item of the sources is on, and what is left out before it is ever turned into numbers.
+
+    seen = examine(reading, data, prompts)         the doctor's look; refuses what is not worth a night
+    for parcel in flow(readings, [seen], data): …      Parcel(side="train", item=…) or Parcel(reason="roles", facts=…)
+
+The same sources give the same parcels in the same order, so that a preparation that was cut short can skip those done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from maese.errors import MaeseError
+from maese.recipe import Data
+from maese.say import percent, say
+from maese.text import split, streams
+from maese.text.audit import audit
+from maese.text.convert import row_of
+from maese.text.faults import faults_of
+from maese.text.findings import Audit, Finding
+from maese.text.read import Item, Reading
+from maese.text.record import Document
+from maese.text.survive import survivors
+
+SIDES = ("train", "validation")
+
+
+@dataclass
+class Examined:
+    """What the first look at a source found, as the second one needs it."""
+
+    audit: Audit
+    one_piece: bool  # a raw text, whose end is kept apart; else rows, dealt out by their hash
+    cut: float  # up to which place
+
+
+def examine(reading: Reading, data: Data, prompts: list[str]) -> Examined:
+    """The doctor's look before anything is spent. Refuses a source with more faulty rows than the recipe tolerates."""
+    lowest = [1.0]
+
+    def held(item: Item) -> bool:
+        place = split.place(item, data.group)
+        lowest[0] = min(lowest[0], place)
+        return place <= data.validation
+
+    one_piece = in_one_piece(reading)
+    found = audit(reading, held=None if one_piece else held, prompts=prompts)
+    whole = {"encoding", "all_equal"} & {finding.kind for finding in found.findings}
+    if not found.rows or whole or len(found.faulty) > data.tolerance * found.units:
+        _refuse(reading, data, found)
+    return Examined(found, one_piece, split.cut_at(data.validation, lowest[0]))
+
+
+def _refuse(reading: Reading, data: Data, found: Audit) -> None:
+    """The error that says most: what the reader itself trips over, else the faults the doctor counted."""
+    for _ in reading:
+        pass
+    errors = found.of("error")
+    count = len(found.faulty) or found.units
+    facts = {"path": reading.path, "count": count, "rows": found.units}
+    if [finding.kind for finding in errors] == ["roles"]:
+        raise MaeseError("DATA-06", **facts, line=errors[0].lines[0])
+    names = "; ".join(_title(finding) for finding in errors[:3])
+    share = {"share": percent(count / found.units), "tolerance": percent(data.tolerance)}
+    raise MaeseError("DATA-13", **facts, **share, worst=names)
+
+
+def _title(finding: Finding) -> str:
+    labels = ", ".join(finding.facts.get("labels", {}))
+    return say(f"finding.{finding.kind}.title", **finding.facts | {"n": finding.count, "labels": labels})
+
+
+def summary(found: Audit) -> dict[str, Any]:
+    """An audit in the few figures that a run keeps."""
+    kinds = [{"kind": f.kind, "severity": f.severity, "count": f.count} for f in found.findings]
+    return {"path": found.path, "health": found.health, "rows": found.rows, "findings": kinds}
+
+
+def in_one_piece(reading: Reading) -> bool:
+    """Whether a source is one raw text, whose end is kept apart, and not rows that a hash can deal out."""
+    if reading.format != "text" or reading.source.path is None:
+        return False
+    inside = streams.pieces(reading.path)
+    return len(inside) == 1 and inside[0].suffix in streams.TEXTS
+
+
+@dataclass
+class _Dealt:
+    """The good items of several sources, one after another, any number of times; `side` and `copies` are those of the
+    item just given, and `out` holds the bad ones met on the way, with their reasons, until somebody takes them."""
+
+    readings: list[Reading]
+    examined: list[Examined]
+    data: Data
+    side: str = "train"
+    copies: int = 1
+    out: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Item]:
+        self.out.clear()
+        for reading, seen in zip(self.readings, self.examined, strict=True):
+            reading.fault = self._meet
+            for side, item in self._sided(reading, seen):
+                self.side = side
+                if faults := faults_of(item):
+                    self.out.append((faults[0].kind, {"id": item.id} | row_of(item)))
+                    continue
+                self.copies = _copies(item, reading.source.weight) if self.side == "train" else 1
+                yield item
+
+    def _sided(self, reading: Reading, seen: Examined) -> Iterator[tuple[str, Item]]:
+        if not seen.one_piece:
+            for item in reading:
+                apart = bool(self.data.validation) and split.place(item, self.data.group) <= seen.cut
+                yield SIDES[apart], item
+            return
+        documents = [item for item in reading if isinstance(item, Document)]
+        for side, part in zip(SIDES, split.tail(documents, self.data.validation), strict=True):
+            yield from ((side, item) for item in part)
+
+    def _meet(self, problem: MaeseError) -> None:
+        self.out.append((problem.code, dict(problem.facts)))
+
+
+def _copies(item: Item, weight: float) -> int:
+    """How many times an item is learnt in an epoch: 2.5 is twice for all and once more for half of them."""
+    return int(weight) + (split.chance(item.id) < weight - int(weight))
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """One thing of the flow: an item with its side, or what was left out with its reason."""
+
+    side: str = ""
+    item: Item | None = None
+    copies: int = 1
+    reason: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def flow(readings: list[Reading], examined: list[Examined], data: Data) -> Iterator[Parcel]:
+    """Every item with its side and how many times it is learnt, or what is left out with its reason."""
+    dealt = _Dealt(readings, examined, data)
+    for item, why in survivors(dealt, list(data.clean), data.dedup == "near", data.dedup != "none"):
+        yield from _left_out(dealt)
+        if why:
+            yield Parcel(reason=why, facts={"id": item.id} | row_of(item))
+        elif dealt.copies:
+            yield Parcel(dealt.side, item, dealt.copies)
+    yield from _left_out(dealt)
+
+
+def _left_out(dealt: _Dealt) -> Iterator[Parcel]:
+    while dealt.out:
+        reason, facts = dealt.out.pop(0)
+        yield Parcel(reason=reason, facts=facts)
