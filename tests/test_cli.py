@@ -57,7 +57,7 @@ def workshop(tmp_path_factory, tiny):
             "texto": ["train", "receta.yaml", "output=runs/2026-01-01-texto"],
             "preguntas": [
                 "--json", "train", "receta.yaml", "data.sources=[{path: preguntas.txt}]", "data.format=qa",
-                "data.max_length=96", "method.kind=lora", "output=runs/2026-01-02-preguntas",
+                "data.max_length=96", "data.too_long=error", "method.kind=lora", "output=runs/2026-01-02-preguntas",
             ],
         }.items():  # fmt: skip
             out, err = io.StringIO(), io.StringIO()

@@ -23,7 +23,7 @@ SRC = ROOT / "src" / "maese"
 # The one place where the order is decided: a stage imports its own folder and the rows before it.
 RIVER = (
     "errors, say -> recipe, run -> text -> tokens -> plan -> model -> generate -> evaluate -> train -> export "
-    "-> report, learn -> serve, studio -> live, terminal, spoken, cli"
+    "-> report, learn -> serve, studio -> live, terminal, terminal_data, terminal_tokens, spoken, cli_data, cli"
 )
 ROWS = [row.split(", ") for row in RIVER.split(" -> ")]
 TOP = [*ROWS[-1], "__init__", "__main__"]

@@ -7,7 +7,7 @@
 The river: folders are what the data is now, files are the step that moves it on, and imports flow one way:
 
     errors, say -> recipe, run -> text -> tokens -> plan -> model -> generate -> evaluate -> train
-    -> report -> live, terminal, spoken, cli
+    -> report -> live, terminal, terminal_data, terminal_tokens, spoken, cli_data, cli
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from maese import __version__
+from maese.cli_data import data, inspect, tokenizer
 from maese.errors import MaeseError, UsageError
 from maese.say import catalogue, language, say
 from maese.spoken import Group, usage_error
@@ -124,49 +125,9 @@ def explain(code: str | None) -> None:
         raise UsageError("USE-08", found=code, nearest=near[0])
 
 
-@cli.group(cls=Group, help=say("cli.data.help"))
-def data() -> None:
-    pass
-
-
-@data.command("get", help=say("cli.data_get.help"))
-@click.argument("name", metavar=say("cli.metavar.name"))
-@click.option(
-    "--folder",
-    default="data",
-    type=click.Path(path_type=Path),
-    metavar=say("cli.metavar.path"),
-    help=say("cli.data_get.folder"),
-)
-@click.pass_context
-def data_get(ctx: click.Context, name: str, folder: Path) -> None:
-    from maese import terminal
-    from maese.text import get
-
-    terminal.talk(say("data.asking", address=get.address(name)), **ctx.obj)
-    path, words = get.get(name, folder)
-    click.echo(path)
-    terminal.talk(say("data.got", path=str(path), words=words), **ctx.obj)
-
-
-@data.command("fix", help=say("cli.data_fix.help"))
-@click.argument("path", metavar=say("cli.metavar.file"), type=click.Path(path_type=Path))
-@click.option(
-    "--output", type=click.Path(path_type=Path), metavar=say("cli.metavar.path"), help=say("cli.data_fix.output")
-)
-@click.pass_context
-def data_fix(ctx: click.Context, path: Path, output: Path | None) -> None:
-    from maese import terminal
-    from maese.run import write_whole
-    from maese.text import read, repair
-
-    target = output or Path(repair.fixed_name(str(path)))
-    if target.exists():
-        raise MaeseError("RUN-01", path=str(target), free=str(target.with_stem(target.stem + "-2")))
-    text, encoding = repair.fix(read.locate(str(path)))
-    write_whole(target, text)
-    click.echo(target)
-    terminal.talk(say("data.fixed", path=str(target), encoding=encoding), **ctx.obj)
+cli.add_command(data)
+cli.add_command(tokenizer)
+cli.add_command(inspect)
 
 
 @cli.command(help=say("cli.train.help"))
@@ -305,8 +266,8 @@ def report(ctx: click.Context, run: str) -> None:
 def run(arguments: list[str]) -> int:
     """The whole command line: runs it and turns what went wrong into words. Returns the exit code."""
     try:
-        cli.main(arguments, prog_name="maese", standalone_mode=False)
-        return 0
+        ended = cli.main(arguments, prog_name="maese", standalone_mode=False)
+        return ended if isinstance(ended, int) else 0
     except MaeseError as problem:
         click.echo(str(problem), err=True)
         return problem.exit_code

@@ -56,6 +56,7 @@ class Progress:
         self.losses: list[float] = []
         self.validations: list[tuple[int, float]] = []
         self.last, self.sample = Event(), Event()
+        self.prepared = 0  # items of the data, while they are turned into numbers
 
     def take(self, event: Event) -> None:
         kind = event["type"]
@@ -70,6 +71,8 @@ class Progress:
             self.validations.append((event["step"], event["loss"]))
         elif kind == "sample":
             self.sample = event
+        elif kind == "preparing":
+            self.prepared = event["items"]
 
     @property
     def share(self) -> float:
@@ -117,7 +120,7 @@ def plan_box(event: Event, start: Event) -> str:
         (
             "data",
             say("live.plan.data", rows=event["rows"], tokens=quantity(event["tokens"]),
-                held=event["validation_rows"]),
+                held=event["validation_rows"], format=event.get("format", "auto")),
         ),
         (
             "method",
@@ -176,6 +179,9 @@ class Watcher:
 
     def show(self, event: Event) -> None:
         step, steps = self.progress.last.get("step", 0), self.progress.plan.get("steps", 1)
+        if event["type"] == "preparing" and not self.quiet and time.monotonic() - self._spoke > PLAIN_SECONDS:
+            self._spoke = time.monotonic()
+            self.line(say("live.prepared", n=event["items"]))
         if event["type"] != "step" or self.quiet > 1:
             return
         twentieth = step * 20 // steps != (step - 1) * 20 // steps
@@ -199,6 +205,8 @@ class Events(Watcher):
     """The events themselves, one JSON a line, on stdout."""
 
     def __call__(self, event: Event) -> None:
+        if event["type"] == "preparing":  # of no run yet
+            return
         sys.stdout.write(json.dumps(event, ensure_ascii=False) + "\n")
         sys.stdout.flush()
 
@@ -234,7 +242,8 @@ class Panel(Watcher):
         from rich.text import Text
 
         if not self.progress.plan:
-            return Text(say("live.preparing"), style="dim")
+            done = self.progress.prepared
+            return Text(say("live.prepared", n=done) if done else say("live.preparing"), style="dim")
         width = max(40, min(self.console.width, 100))
         body = Text("\n".join(self.rows(width - 4)), no_wrap=True, overflow="ellipsis")
         title = say("live.title", name=self.progress.name)

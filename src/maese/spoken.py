@@ -24,9 +24,10 @@ FALSE_FRIENDS = {
 ESSENTIAL = ("base", "data.sources", "train.epochs", "train.lr", "train.micro_batch", "method.kind", "output")
 GROUPS = {
     "start": ("demo", "new", "explain"),
-    "data": ("data",),
+    "data": ("data", "tokenizer"),
     "train": ("train", "resume", "runs"),
     "use": ("generate", "chat"),
+    "look": ("inspect",),
     "measure": ("compare", "report"),
 }
 

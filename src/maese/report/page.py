@@ -21,6 +21,7 @@ from maese.report.samples import film, pairs, proof
 from maese.report.summary import arrow, shown
 from maese.run import Event, Run, disk
 from maese.say import duration, has, language, number, percent, quantity, say
+from maese.text.clean import reason_name
 
 # A sign beside the colour, for those who do not see the colour.
 GOOD, CARE, BAD = ("good", "✓"), ("care", "!"), ("bad", "✕")
@@ -169,8 +170,7 @@ def _data(data: dict[str, Any], run: Run) -> list[str]:
         lines.append(say(f"report.split.{data['split']}"))
     dropped = {k: v for k, v in (data.get("dropped") or {}).items() if v}
     for reason, count in dropped.items():
-        name = say(f"report.dropped.{reason}") if has(f"report.dropped.{reason}") else reason
-        lines.append(say("report.page.dropped", reason=name, n=count))
+        lines.append(say("report.page.dropped", reason=reason_name(reason), n=count))
     return lines if data else [say("report.page.no_data", file=str(run.path / "data.json"))]
 
 

@@ -1,0 +1,295 @@
+"""The commands that look at data and tokenizers: `data`, `tokenizer` and `inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from maese.say import say
+from maese.spoken import Group
+
+PATH = click.Path(path_type=Path)
+COLUMNS = ("prompt", "completion", "instruction", "input", "output", "system", "messages", "text")
+
+
+@click.group(cls=Group, help=say("cli.data.help"))
+def data() -> None:
+    pass
+
+
+@click.group(cls=Group, help=say("cli.tokenizer.help"))
+def tokenizer() -> None:
+    pass
+
+
+@click.group(cls=Group, help=say("cli.inspect.help"))
+def inspect() -> None:
+    pass
+
+
+@data.command("get", help=say("cli.data_get.help"))
+@click.argument("name", metavar=say("cli.metavar.name"))
+@click.option("--folder", default="data", type=PATH, metavar=say("cli.metavar.path"), help=say("cli.data_get.folder"))
+@click.pass_context
+def data_get(ctx: click.Context, name: str, folder: Path) -> None:
+    from maese import terminal
+    from maese.text import get
+
+    terminal.talk(say("data.asking", address=get.address(name)), **ctx.obj)
+    path, words = get.get(name, folder)
+    click.echo(path)
+    terminal.talk(say("data.got", path=str(path), words=words), **ctx.obj)
+
+
+def _seen_by(recipe: str | None, changes: dict[str, Any], path: str | None) -> tuple[Any, Any, list[Any]]:
+    """The recipe that says how data are looked at, its tokenizer, and the sources: those given, or the recipe's."""
+    from maese import recipe as recipes
+    from maese.model import load
+
+    given = {key: value for key, value in changes.items() if value is not None}
+    if recipe:
+        chosen = recipes.load(recipe, [f"{key}={value}" for key, value in given.items()])
+    else:
+        # Nothing was said of what is too long: it is told, and is no fault of the data.
+        plain: dict[str, Any] = {"sources": [{"path": path or "-"}], "max_length": 512, "too_long": "truncate"}
+        base = given.pop("base", "embedded")
+        plain |= {key.removeprefix("data."): recipes.scalar(value) for key, value in given.items()}
+        chosen = recipes.check({"name": "data", "base": base, "data": plain})
+    load.quiet()
+    found = load.load_tokenizer(load.resolve(chosen.base))
+    sources = [recipes.Source(path=path)] if path else list(chosen.data.sources)
+    return chosen, found, sources
+
+
+def looking_options(command: Any) -> Any:
+    """How data are to be looked at, the same for `check`, `show` and `inspect template`."""
+    for option in reversed(
+        [
+            click.option("--recipe", metavar=say("cli.metavar.recipe"), help=say("cli.look.recipe")),
+            click.option("--base", metavar=say("cli.metavar.model"), help=say("cli.look.base")),
+            click.option("--template", metavar=say("cli.metavar.name"), help=say("cli.look.template")),
+            click.option("--max-length", type=int, metavar="N", help=say("cli.look.max_length")),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def _changes(base: str | None, template: str | None, max_length: int | None) -> dict[str, Any]:
+    return {"base": base, "data.template": template, "data.max_length": max_length}
+
+
+@data.command("check", help=say("cli.data_check.help"))
+@click.argument("path", required=False, metavar=say("cli.metavar.maybe_file"))
+@looking_options
+@click.option("--near", is_flag=True, help=say("cli.data_check.near"))
+@click.option("--html", type=PATH, metavar=say("cli.metavar.path"), help=say("cli.data_check.html"))
+@click.pass_context
+def data_check(ctx: click.Context, path: str | None, near: bool, html: Path | None, **given: Any) -> None:
+    from maese import terminal
+    from maese.terminal_data import show_audit
+
+    recipe = given.pop("recipe")
+    chosen, found, sources = _seen_by(recipe, _changes(**given), path)
+    from maese.tokens.check import check
+
+    audits = [check(source, chosen.data, found, chosen.eval.prompts, near) for source in sources]
+    for audit in audits:
+        show_audit(audit, **ctx.obj)
+    if html:
+        from maese.report.views.doctor import doctor_html
+        from maese.run import write_whole
+
+        write_whole(html, doctor_html(audits[0]))
+        terminal.talk(say("data.page", path=str(html)), **ctx.obj)
+    if any(audit.of("error") for audit in audits):
+        raise click.exceptions.Exit(1)
+
+
+@data.command("show", help=say("cli.data_show.help"))
+@click.argument("path", required=False, metavar=say("cli.metavar.maybe_file"))
+@looking_options
+@click.option("--row", type=click.IntRange(1), default=1, metavar="N", help=say("cli.data_show.row"))
+@click.option("--rows", type=click.IntRange(1), default=3, metavar="N", help=say("cli.data_show.rows"))
+@click.option("--html", type=PATH, metavar=say("cli.metavar.path"), help=say("cli.data_show.html"))
+@click.pass_context
+def data_show(ctx: click.Context, path: str | None, row: int, rows: int, html: Path | None, **given: Any) -> None:
+    _show(ctx, path, row, rows, html, **given)
+
+
+@inspect.command("template", help=say("cli.inspect_template.help"))
+@click.argument("path", required=False, metavar=say("cli.metavar.maybe_file"))
+@looking_options
+@click.option("--row", type=click.IntRange(1), default=1, metavar="N", help=say("cli.data_show.row"))
+@click.option("--html", type=PATH, metavar=say("cli.metavar.path"), help=say("cli.data_show.html"))
+@click.pass_context
+def inspect_template(ctx: click.Context, path: str | None, row: int, html: Path | None, **given: Any) -> None:
+    _show(ctx, path, row, 1, html, **given)
+
+
+def _show(ctx: click.Context, path: str | None, row: int, rows: int, html: Path | None, **given: Any) -> None:
+    from maese import terminal
+    from maese.errors import MaeseError
+    from maese.terminal_tokens import show_rows
+
+    recipe = given.pop("recipe")
+    chosen, found, sources = _seen_by(recipe, _changes(**given), path)
+    from maese.tokens.check import shown
+
+    seen = list(shown(sources[0], chosen.data, found, row, rows))
+    if not seen:
+        raise MaeseError("DATA-24", path=sources[0].name, row=row)
+    show_rows(seen, **ctx.obj)
+    if html:
+        from maese.report.views.mask import mask_html
+        from maese.run import write_whole
+
+        write_whole(html, mask_html(seen))
+        terminal.talk(say("data.page", path=str(html)), **ctx.obj)
+
+
+@data.command("fix", help=say("cli.data_fix.help"))
+@click.argument("path", metavar=say("cli.metavar.file"))
+@click.option("--output", type=PATH, metavar=say("cli.metavar.path"), help=say("cli.data_fix.output"))
+@click.option("--only", multiple=True, metavar=say("cli.metavar.kind"), help=say("cli.data_fix.only"))
+@click.pass_context
+def data_fix(ctx: click.Context, path: str, output: Path | None, only: tuple[str, ...]) -> None:
+    from maese.terminal_data import show_mended
+    from maese.text.mend import mend
+    from maese.text.repair import fixed_name
+
+    done = mend(path, output or Path(fixed_name(path)), set(only) or None)
+    click.echo(done.output)
+    show_mended(done, **ctx.obj)
+
+
+def mapping_options(command: Any) -> Any:
+    """The name that each column has in the file."""
+    for name in reversed(COLUMNS):
+        option = click.option(
+            f"--{name}", f"column_{name}", metavar=say("cli.metavar.column"), help=say("cli.map", name=name)
+        )
+        command = option(command)
+    return command
+
+
+def _source(path: str, columns: dict[str, Any]) -> Any:
+    from maese.recipe import Source
+
+    names = {key.removeprefix("column_"): value for key, value in columns.items() if value is not None}
+    return Source.model_validate({"path": path, "map": names})
+
+
+@data.command("convert", help=say("cli.data_convert.help"))
+@click.argument("path", metavar=say("cli.metavar.file"))
+@mapping_options
+@click.option("--to", "output", type=PATH, metavar=say("cli.metavar.path"), help=say("cli.data_convert.to"))
+@click.pass_context
+def data_convert(ctx: click.Context, path: str, output: Path | None, **columns: Any) -> None:
+    from maese import terminal
+    from maese.text.convert import convert
+
+    target = output or Path(path).with_name(f"{Path(path).name.split('.')[0]}.messages.jsonl")
+    count = convert(_source(path, columns), target)
+    click.echo(target)
+    terminal.talk(say("data.converted", n=count, path=str(target)), **ctx.obj)
+
+
+@data.command("split", help=say("cli.data_split.help"))
+@click.argument("path", metavar=say("cli.metavar.file"))
+@click.option("--share", type=click.FloatRange(0.001, 0.9), default=0.1, metavar="N", help=say("cli.data_split.share"))
+@click.option("--group", metavar=say("cli.metavar.column"), help=say("cli.data_split.group"))
+@click.pass_context
+def data_split(ctx: click.Context, path: str, share: float, group: str | None) -> None:
+    from maese import terminal
+    from maese.text.convert import divide
+
+    stem = Path(path).with_name(Path(path).name.split(".")[0])
+    outputs = Path(f"{stem}.train.jsonl"), Path(f"{stem}.validation.jsonl")
+    learnt, kept = divide(_source(path, {}), share, group, outputs)
+    click.echo(f"{outputs[0]}\n{outputs[1]}")
+    terminal.talk(say("data.divided", learnt=learnt, kept=kept), **ctx.obj)
+
+
+@data.command("cluster-plan", help=say("cli.data_cluster_plan.help"))
+@click.argument("paths", nargs=-1, required=True, metavar=say("cli.metavar.files"))
+@click.option(
+    "--script", type=PATH, default="cluster.py", metavar=say("cli.metavar.path"), help=say("cli.cluster.script")
+)
+@click.option("--output", default="clean", metavar=say("cli.metavar.path"), help=say("cli.cluster.output"))
+@click.option(
+    "--executor", type=click.Choice(["local", "slurm", "ray"]), default="local", help=say("cli.cluster.executor")
+)
+@click.option("--tasks", type=click.IntRange(1), default=1, metavar="N", help=say("cli.cluster.tasks"))
+@click.option("--workers", type=click.IntRange(1), default=1, metavar="N", help=say("cli.cluster.workers"))
+@click.option(
+    "--rule",
+    "rules",
+    multiple=True,
+    type=click.Choice(["length", "repetition", "symbols", "language"]),
+    help=say("cli.cluster.rule"),
+)
+@click.option("--near/--exact", default=True, help=say("cli.cluster.near"))
+@click.pass_context
+def data_cluster_plan(ctx: click.Context, paths: tuple[str, ...], script: Path, **given: Any) -> None:
+    from maese import terminal
+    from maese.text.cluster import write_plan
+
+    click.echo(write_plan(script, list(paths), **given | {"rules": list(given["rules"])}))
+    terminal.talk(say("data.planned", path=str(script)), **ctx.obj)
+
+
+@tokenizer.command("train", help=say("cli.tokenizer_train.help"))
+@click.argument("paths", nargs=-1, required=True, metavar=say("cli.metavar.files"))
+@click.option("--size", type=click.IntRange(300), default=32_000, metavar="N", help=say("cli.tokenizer_train.size"))
+@click.option(
+    "--output", type=PATH, default="tokenizer", metavar=say("cli.metavar.path"), help=say("cli.tokenizer_train.output")
+)
+@click.option(
+    "--pattern",
+    type=click.Choice(["gpt2", "llama3", "qwen2", "bloom"]),
+    default=None,
+    help=say("cli.tokenizer_train.pattern"),
+)
+@click.option("--limit-mb", type=float, metavar="N", help=say("cli.tokenizer_train.limit_mb"))
+@click.pass_context
+def tokenizer_train(
+    ctx: click.Context, paths: tuple[str, ...], size: int, output: Path, pattern: str | None, limit_mb: float | None
+) -> None:
+    from maese import terminal, terminal_tokens
+    from maese.recipe import Source
+    from maese.text.read import open_source, texts_of
+    from maese.tokens.train import DEFAULT, train_tokenizer
+
+    readings = [open_source(Source(path=path)) for path in paths]
+    texts = (text for reading in readings for item in reading for text in texts_of(item))
+    with terminal_tokens.bar(**ctx.obj) as progress:
+        folder = train_tokenizer(
+            texts, size, output, pattern or DEFAULT, progress=progress, limit_mb=limit_mb, sources=list(paths)
+        )
+    click.echo(folder)
+    terminal.talk(say("tokenizer.done", path=str(folder)), **ctx.obj)
+
+
+@tokenizer.command("compare", help=say("cli.tokenizer_compare.help"))
+@click.argument("names", nargs=-1, required=True, metavar=say("cli.metavar.models"))
+@click.option("--text", "path", metavar=say("cli.metavar.file"), help=say("cli.tokenizer_compare.text"))
+@click.option("--png", type=PATH, metavar=say("cli.metavar.path"), help=say("cli.tokenizer_compare.png"))
+@click.pass_context
+def tokenizer_compare(ctx: click.Context, names: tuple[str, ...], path: str | None, png: Path | None) -> None:
+    from maese import terminal, terminal_tokens
+    from maese.tokens import compare
+
+    texts = None
+    if path:
+        from maese.recipe import Source
+        from maese.text.read import open_source, texts_of
+
+        texts = {Path(path).name: [text for item in open_source(Source(path=path)) for text in texts_of(item)]}
+    result = compare.compare(names, texts)
+    terminal_tokens.show_tables(compare.tables(result), result, **ctx.obj)
+    if png:
+        compare.plot(result, png)
+        terminal.talk(say("data.page", path=str(png)), **ctx.obj)
