@@ -94,7 +94,7 @@ def doctor_short(path: str) -> str:
 
 def made_up(path: Path, rows: int, letters: int) -> Path:
     chance = random.Random(1)
-    words = "la el de que casa niño corrió montaña señor día luz agua árbol camino tarde hizo vino pan sol río".split()
+    words = ["la", "el", "de", "que", "casa", "niño", "corrió", "montaña", "señor", "luz", "agua", "camino", "sol"]
     with path.open("w", encoding="utf-8") as out:
         for i in range(rows):
             said = " ".join(chance.choices(words, k=letters // 5))

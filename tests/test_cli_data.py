@@ -106,7 +106,7 @@ def test_a_row_that_is_not_there(maese, clean):
 
 
 def test_a_file_is_divided_as_training_would(maese, clean):
-    code, out, said = maese("data", "split", clean, "--share", "0.2", "--group", "autora")
+    code, out, _ = maese("data", "split", clean, "--share", "0.2", "--group", "autora")
     train, held = out.split()
     sides = [{row["autora"] for row in rows(path)} for path in (train, held)]
     assert code == 0 and sides[0] and sides[1] and not sides[0] & sides[1]

@@ -105,9 +105,8 @@ def test_what_is_left_out_is_counted_and_kept(here, tokenizer):
     prepared = prepare(data(dedup="exact", too_long="drop", tolerance=0.1), tokenizer, 128)
     assert prepared.facts["dropped"] == {"empty_turn": 1, "mojibake": 1, "too_long": 1, "duplicate": 1}
     kept = dropped(prepared)
-    assert {(row["reason"], row["id"]) for row in kept} == {
-        ("empty_turn", "f.jsonl#61"), ("mojibake", "f.jsonl#62"), ("too_long", "f.jsonl#63"), ("duplicate", "f.jsonl#64"),
-    }  # fmt: skip
+    reasons = {row["id"]: row["reason"] for row in kept}
+    assert [reasons[f"f.jsonl#{i}"] for i in range(61, 65)] == ["empty_turn", "mojibake", "too_long", "duplicate"]
     assert next(row for row in kept if row["reason"] == "mojibake")["messages"][1]["content"] == "El niÃ±o comiÃ³."
     assert prepared.facts["train"]["rows"] + prepared.facts["validation"]["rows"] == 60
 
@@ -312,3 +311,21 @@ def test_a_damaged_cache_is_made_again(here, tokenizer):
     path.write_bytes(raw)
     assert not store.finished(first.folder)
     assert list(prepare(data(), tokenizer, 128).train) == kept
+
+
+def test_equal_lines_of_several_files_are_several_rows(here, tokenizer):
+    from maese.recipe import Source
+    from maese.text.audit import audit
+    from maese.text.read import open_source
+
+    Path("d").mkdir()
+    for name in ("a", "b"):
+        found = [{"prompt": f"¿Qué es {name}{i}?", "completion": f"Es {name}{i}."} for i in range(30)]
+        write([*found, {"prompt": "¿Y?", "completion": ""}], f"d/{name}.jsonl")
+    seen = audit(open_source(Source(path="d")))
+    assert list(seen.faulty) == ["d/a.jsonl#31", "d/b.jsonl#31"]
+    assert next(f for f in seen.findings if f.kind == "empty_turn").count == 2
+    with pytest.raises(MaeseError) as problem:
+        prepare(data("d", tolerance=0.02), tokenizer, 128)
+    assert problem.value.facts["count"] == 2
+    assert prepare(data("d", tolerance=0.05), tokenizer, 128).facts["dropped"] == {"empty_turn": 2}

@@ -82,7 +82,7 @@ def test_csv_with_columns_mapped_by_the_recipe(here, mark):
     Path("f.csv").write_text("\n".join([f"pregunta{mark}respuesta{mark}autora", *rows]), "utf-8-sig")
     names = {"prompt": "pregunta", "completion": "respuesta"}
     assert said("f.csv", map=names) == TURNS
-    assert [i.meta for i in open_source(Source(path="f.csv", map=names))][0] == {"autora": "Ana", "line": 2}
+    assert next(iter(open_source(Source(path="f.csv", map=names)))).meta == {"autora": "Ana", "line": 2}
     assert "--prompt pregunta --completion respuesta" in fails("DATA-03", "f.csv")["command"]
 
 

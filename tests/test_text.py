@@ -11,7 +11,7 @@ from maese.recipe import Source
 from maese.text import split
 from maese.text.read import open_source, text_or_blocks
 from maese.text.record import Conversation, Document, Message
-from maese.text.repair import decode, fix, fixed_name, normalise, strip_gutenberg
+from maese.text.repair import decode, fixed_name, normalise, strip_gutenberg
 
 
 def read(**source):
@@ -135,14 +135,8 @@ def test_the_facts_of_a_file_are_enough_to_know_it_again(book, questions):
     assert facts["documents"] == 60 and facts["format"] == "qa" and facts["characters"] > 60 * 10
 
 
-def test_a_repaired_copy_is_a_copy(here):
-    path = here / "rota.txt"
-    path.write_bytes("limpia ñ\nel niÃ±o\nmaÃ\xb1ana â€” sÃ\xad\n".encode())
-    before = path.read_bytes()
-    text, encoding = fix(path)
-    assert text == "limpia ñ\nel niño\nmañana — sí\n" and encoding == "utf-8"
-    assert path.read_bytes() == before and decode(text.encode(), "f")[1] == []
-    assert fixed_name("a/b.c.txt") == "a/b.c.fixed.txt"
+def test_the_name_of_a_mended_copy():
+    assert fixed_name("a/b.c.txt") == "a/b.c.fixed.txt" and fixed_name("a/b.csv.gz") == "a/b.fixed.jsonl"
 
 
 def lines(n: int) -> list[Document]:

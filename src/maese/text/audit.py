@@ -49,6 +49,7 @@ LEAK_SHARE = 0.5  # of the runs of 13 words of a row kept apart, before it is sa
 ENGLISH = OWN["en"] - SPANISH - frozenset[str]().union(*(words for code, words in OWN.items() if code != "en"))
 SHORT = 5000  # characters in which every word is looked at
 OTHER_LETTERS = re.compile("[\u0370-\u1dff\u2e80-\uffef]")  # Greek, Cyrillic, Arabic, Chinese…
+FILE = 2**40  # places of one file: more lines than any has
 BATCH_ITEMS, BATCH_CHARACTERS = 512, 2**20
 
 
@@ -99,7 +100,7 @@ def _marks_of_order(inside: list[streams.Piece], doctor: Doctor) -> None:
             head = stream.read(12)
         marks = len(head) - len(head.removeprefix(b"\xef\xbb\xbf"))
         if marks:
-            doctor.note(Fault("bom", ""), 1, piece.name)
+            doctor.note(Fault("bom", ""), doctor._place(piece.name, 1), piece.name)
 
 
 class Doctor:
@@ -117,11 +118,12 @@ class Doctor:
         self.prompts = Prompts(prompts) if prompts else None
         self.questions = {_said(prompt) for prompt in prompts}
         self.of_lines = False  # a raw text: its faults are on its lines, and not where its one document begins
+        self.files: dict[str, int] = {}
         self.kinds: dict[str, _Kind] = {}
         self.faulty: dict[int, str] = {}
         self.rows = self.units = self.characters = self.tokens = self.targets = 0
         self.counts, self.languages = Counter[str](), Counter[str]()
-        self.sizes, self.item_lines = array("L"), array("L")
+        self.sizes, self.item_lines = array("L"), array("Q")
         self.waiting: list[tuple[Item, int]] = []
         self.waiting_characters = 0
         self.first: dict[int, int] = {}  # a hash of each row, and its line
@@ -132,7 +134,7 @@ class Doctor:
 
     def look(self, item: Item) -> None:
         """Take an item into account."""
-        line = int(item.meta.get("line", self.rows + 1))
+        line = self._place(item.id.rpartition("#")[0], int(item.meta.get("line", self.rows + 1)))
         self.rows += 1
         self.item_lines.append(line)
         self._count(item)
@@ -153,8 +155,8 @@ class Doctor:
 
     def unread(self, problem: MaeseError) -> None:
         """Take into account what the reader could not read."""
-        kind, line = READING.get(problem.code, "keys"), int(problem.facts.get("line", 1))  # type: ignore[call-overload]
-        facts = problem.facts
+        kind, facts = READING.get(problem.code, "keys"), problem.facts
+        line = self._place(str(facts.get("path", "")), int(facts.get("line", 1)))  # type: ignore[call-overload]
         # Of what is no text there is nothing to show: its «found» is the name of a type.
         names = ("shown", "keys", "other_format", *(("found",) if kind != "not_text" else ()))
         shown = str(next((facts[name] for name in names if facts.get(name)), ""))
@@ -166,6 +168,15 @@ class Doctor:
             **{k: v for k, v in problem.facts.items() if isinstance(v, (str, int))},
             **self.kinds[kind].facts,
         }
+
+    def _place(self, file: str, line: int) -> int:
+        """A line among all the files of a source, as one number that keeps their order."""
+        return self.files.setdefault(file, len(self.files)) * FILE + line
+
+    def _line(self, place: int) -> int | str:
+        """The line of a place as people are told it: with its file, when there are several."""
+        number, line = divmod(place, FILE)
+        return line if len(self.files) < 2 else f"{list(self.files)[number]}#{line}"
 
     def note(self, fault: Fault, line: int, where: str, first: int | None = None) -> None:
         """Keep a fault: its line, what it is labelled, an excerpt if it is among the first; `first` is the line that
@@ -181,7 +192,7 @@ class Doctor:
         if len(kept.examples) < MOST_EXAMPLES:
             text, at = excerpt(fault.text, fault.at)
             example = {"line": line, "id": where, "text": text, "at": at}
-            kept.examples.append(example | ({"first": first} if first else {}))
+            kept.examples.append(example | ({"first": first} if first is not None else {}))
 
     def report(self, path: str, format: str) -> Audit:
         """What was found in all that was looked at."""
@@ -203,7 +214,7 @@ class Doctor:
             self.tokens if measured else None, self.targets / self.tokens if measured and self.tokens else None,
             "tokens" if measured else "characters", quantiles(sizes), histogram(sizes, limit), limit,
             dict(self.languages.most_common()), findings, health(findings, len(self.faulty), self.rows, units),
-            dict(sorted(self.faulty.items())),
+            {self._line(place): kind for place, kind in sorted(self.faulty.items())},
         )  # fmt: skip
 
     def _count(self, item: Item) -> None:
@@ -354,8 +365,9 @@ class Doctor:
             **kept.facts,
             **({"labels": dict(kept.labels.most_common(MOST_LABELS))} if kept.labels else {}),
         }
-        lines = sorted(set(kept.lines))
-        return Finding(kind, severity, len(lines) or 1, lines, kept.examples, facts)
+        lines = [self._line(place) for place in sorted(set(kept.lines))]
+        examples = [each | {k: self._line(each[k]) for k in ("line", "first") if k in each} for each in kept.examples]
+        return Finding(kind, severity, len(lines) or 1, lines, examples, facts)
 
 
 def _places(item: Item, line: int) -> Callable[[int], int]:

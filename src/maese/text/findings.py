@@ -44,7 +44,7 @@ class Finding:
     kind: str
     severity: str
     count: int
-    lines: list[int]
+    lines: list[int] | list[int | str]  # with their file, `b.jsonl#3`, when a source has several
     examples: list[dict[str, Any]]
     facts: dict[str, Any]
 
@@ -68,7 +68,7 @@ class Audit:
     languages: dict[str, int]
     findings: list[Finding]
     health: str  # good | fair | bad
-    faulty: dict[int, str] = field(default_factory=dict)
+    faulty: dict[int | str, str] = field(default_factory=dict)
 
     def of(self, severity: str) -> list[Finding]:
         return [finding for finding in self.findings if finding.severity == severity]

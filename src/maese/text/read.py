@@ -222,7 +222,7 @@ def _looked(source: Source, found: Iterable[tuple[int, dict[str, Any]]], name: s
 
 def text_or_blocks(text: str) -> str:
     """`qa` when the text has `###` lines and a `Pregunta:`, else `text`."""
-    found = text.splitlines()
+    found = text.split("\n")
     marked = any(line.strip() == MARK for line in found)
     return "qa" if marked and any(QUESTION.match(line) for line in found) else "text"
 
@@ -238,7 +238,7 @@ def letters(item: Item) -> int:
 
 def documents(text: str, source: Source, name: str, before: int = 0) -> Iterator[Document]:
     """A raw text as one document, or one a line; `before` is how many lines of the file came before it."""
-    found = text.splitlines()
+    found = text.split("\n")  # not splitlines: a form feed ends no line, and would shift every number after it
     if source.limit and source.documents == "file":
         full = [i for i, line in enumerate(found) if line.strip()]
         found = found[: full[source.limit - 1] + 1] if len(full) > source.limit else found

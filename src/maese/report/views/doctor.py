@@ -9,6 +9,7 @@ The terminal says the same words; both take them from here.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -45,10 +46,10 @@ def told(finding: Finding, audit: Audit) -> Told:
         "n": finding.count,
         "labels": _labels(finding),
         "path": shlex.quote(audit.path),
-        "line": number(finding.lines[0]) if finding.lines else 1,
+        "line": _line(finding, number),
     }
     share = "" if finding.kind in OF_THE_WHOLE else share_of(finding.count, audit)
-    typed = {**facts, "line": finding.lines[0] if finding.lines else 1}
+    typed = {**facts, "line": _line(finding, str)}
     title, why = (say(f"finding.{finding.kind}.{part}", **facts) for part in ("title", "why"))
     # What is pasted is not localised: 1.024 would be another number.
     repair = say(f"finding.{finding.kind}.repair", **{k: str(v) for k, v in typed.items()})
@@ -56,6 +57,11 @@ def told(finding: Finding, audit: Audit) -> Told:
         finding.kind, finding.severity, SIGNS[finding.severity], title, share, why, repair, lines_of(finding),
         tuple(finding.examples),
     )  # fmt: skip
+
+
+def _line(finding: Finding, write: Callable[[int], str]) -> str:
+    first = finding.lines[0] if finding.lines else 1
+    return write(first) if isinstance(first, int) else first
 
 
 def share_of(count: int, audit: Audit) -> str:
