@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from functools import cache
 
@@ -202,17 +203,22 @@ REFUSED = {
     "unstable": CHATML.replace("<|im_start|>assistant", "<|im_start|>yo"),
     "end_only_last": CHATML.replace("<|im_end|>", "{% if loop.last %}<|im_end|>{% endif %}"),
     "own_stand_in": CHATML + "\U00100000",
+    "doubles": "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}" + CHATML,
+    "multiplies": "{% set x = 'a' * 99999 %}{% set y = x * 99999 %}{{ y | length }}" + CHATML,
+    "replaces": "{% set x = 'a' * 99999 %}{{ x | replace('a', x) | length }}" + CHATML,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", sorted(REFUSED))
 def test_a_template_that_cannot_be_trusted_is_refused_soon_and_with_its_reason(kind):
-    start = time.process_time()
+    start, limits = time.process_time(), resource.getrlimit(resource.RLIMIT_AS)
     problem = fault(REFUSED[kind])
     assert problem.code == "TEMPLATE-04" and problem.facts["reason"]
     assert "data.template=chatml" in str(problem)  # the built-in one whose marks this tokenizer has
     assert time.process_time() - start < 5
     assert len(str(problem)) < 600
+    # What held it in is let go of.
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits
 
 
 def test_the_sandbox_lets_nothing_out_through_a_format():

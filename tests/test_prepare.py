@@ -136,6 +136,13 @@ def test_turns_out_of_order_have_their_own_words(here, tokenizer):
     assert (problem.value.code, problem.value.facts["line"]) == ("DATA-06", 21)
 
 
+def test_half_a_character_is_left_out_and_never_reaches_the_tokenizer(here, tokenizer):
+    path = write(rows(120))
+    path.write_text(path.read_text("utf-8") + '{"prompt": "media \\ud83d", "completion": "letra"}\n', "utf-8")
+    prepared = prepare(data(), tokenizer, 128)
+    assert prepared.facts["dropped"] == {"surrogate": 1} and dropped(prepared)[0]["id"] == "f.jsonl#121"
+
+
 def test_another_encoding_is_refused_however_few_rows_it_touches(here, tokenizer):
     path = write(rows(300))
     path.write_bytes(path.read_bytes() + '{"prompt": "¿Año?", "completion": "Sí."}\n'.encode("cp1252"))

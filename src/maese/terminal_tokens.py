@@ -68,7 +68,8 @@ def show_tables(tables: list[Any], result: dict[str, Any], json: bool = False, q
     for each in tables:
         table = Table(title=each.title, title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False)
         for i, header in enumerate(each.headers):
-            table.add_column(header, justify="right" if i and each.rows and each.rows[0][i][:1].isdigit() else "left")
+            figures = i and each.rows and each.rows[0][i][:1].isdigit()
+            table.add_column(header, justify="right" if figures else "left", overflow="fold", no_wrap=not i)
         for row in each.rows:
             table.add_row(*row)
         console.print(table)

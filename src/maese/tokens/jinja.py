@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 FIRST = 0x100000  # one private character a turn; transformers keeps those of the plane before for itself
 STAND_INS = re.compile("[\U00100000-\U0010fffd]")
 STEPS = 400_000  # lines of a template run in one rendering: a long chat takes some thousands
+ROOM = 2**28  # bytes of memory it may take
 LARGEST = 100_000  # characters of a template, and the largest number it may write
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 SHAPES_KEPT = 4096
@@ -131,6 +132,8 @@ class Jinja:
                 )
         except EndlessError as problem:
             raise self._fault("endless", steps=STEPS) from problem
+        except MemoryError as problem:
+            raise self._fault("large", limit=LARGEST) from problem
         except SecurityError as problem:
             raise self._fault("unsafe", problem) from problem
         except Exception as problem:  # a stranger's program fails in any way there is
@@ -221,17 +224,23 @@ class Jinja:
 
 
 class Bounded:
-    """Within it, a template runs at most so many lines; EndlessError then. Other code is not slowed down."""
+    """Within it, a template runs at most so many lines, then EndlessError; and, where the system can hold it to that,
+    takes at most ROOM bytes more than there were, then MemoryError. Other code is not slowed down."""
 
     def __init__(self, steps: int) -> None:
         self.left = steps
 
     def __enter__(self) -> None:
         self._before = sys.gettrace()
+        self._limits = _hold_memory(ROOM)
         sys.settrace(self._trace)
 
     def __exit__(self, *_: object) -> None:
         sys.settrace(self._before)
+        if self._limits:
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_AS, self._limits)
 
     def _trace(self, frame: FrameType, event: str, value: object) -> Any:
         if frame.f_code.co_filename != "<template>":
@@ -240,6 +249,22 @@ class Bounded:
         if self.left < 0:
             raise EndlessError
         return self._trace
+
+
+def _hold_memory(room: int) -> tuple[int, int] | None:
+    """Let this process grow by `room` bytes at most; returns the limits there were, or None where it cannot be done."""
+    try:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
+        limits = resource.getrlimit(resource.RLIMIT_AS)
+        wanted = pages * resource.getpagesize() + room
+        if limits[0] == resource.RLIM_INFINITY or wanted < limits[0]:
+            resource.setrlimit(resource.RLIMIT_AS, (wanted, limits[1]))
+            return limits
+    except (ImportError, OSError, ValueError):
+        pass
+    return None
 
 
 def _pattern(token: Any) -> str:
