@@ -12,6 +12,8 @@ import json
 import multiprocessing
 import random
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -112,7 +114,9 @@ def measured(stage: Callable[[str], str], path: str, answer: multiprocessing.Que
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--data", type=Path)
-    folder = options.parse_args().data
+    options.add_argument("--tokenizers", action="store_true", help="and benchmarks/tokenizer.py, some ten minutes more")
+    chosen = options.parse_args()
+    folder = chosen.data
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as room:
         import os
@@ -136,7 +140,10 @@ def main() -> None:
             process.start()
             seconds, peak, said = answer.get()
             process.join()
-            print(f"{name:<44} {seconds:>8.1f} {goal or '':>6} {peak:>6.2f}  {said}")
+            print(f"{name:<44} {seconds:>8.1f} {goal or '':>6} {peak:>6.2f}  {said}", flush=True)
+    if chosen.tokenizers:
+        script = Path(__file__).with_name("tokenizer.py")
+        subprocess.run([sys.executable, str(script), "--data", str(folder)], check=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 from maese.errors import MaeseError
 from maese.recipe import Data
-from maese.say import percent, say
+from maese.say import has, percent, say
 from maese.text import split, streams
 from maese.text.audit import audit
 from maese.text.convert import row_of
@@ -68,7 +68,8 @@ def _refuse(reading: Reading, data: Data, found: Audit) -> None:
 
 
 def _title(finding: Finding) -> str:
-    labels = ", ".join(finding.facts.get("labels", {}))
+    keys = {label: f"finding.{finding.kind}.label.{label}" for label in finding.facts.get("labels", {})}
+    labels = ", ".join(say(key) if has(key) else label for label, key in keys.items())
     return say(f"finding.{finding.kind}.title", **finding.facts | {"n": finding.count, "labels": labels})
 
 
