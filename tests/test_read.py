@@ -367,3 +367,97 @@ def test_a_source_is_a_path_or_a_hub_and_not_both():
         with pytest.raises(MaeseError) as problem:
             check({"name": "x", "data": {"sources": [source]}})
         assert (problem.value.code, problem.value.facts["key"]) == ("USE-07", "data.sources.0.path")
+
+
+def test_numbers_and_nests_beyond_python_s_patience(here):
+    Path("f.jsonl").write_text('{"prompt": ' + "9" * 5000 + ', "completion": "b"}\n', "utf-8")
+    assert fails("DATA-04")["line"] == 1
+    Path("f.json").write_text('[{"prompt": ' + "9" * 5000 + ', "completion": "b"}]', "utf-8")
+    fails("DATA-04", "f.json")
+    for cell in ("[" * 5000, "9" * 5000):
+        Path("f.csv").write_text(f'messages\n"{cell}"\n', "utf-8")
+        fails("DATA-21", "f.csv")
+
+
+@pytest.mark.parametrize("end", ["", ",", ',\n{"prompt": "c"', '] [{"prompt": "c", "completion": "d"}]'])
+def test_an_array_that_does_not_close_or_goes_on_after_it(here, end):
+    Path("f.json").write_text('[{"prompt": "a", "completion": "b"}' + end, "utf-8")
+    fails("DATA-04", "f.json")
+
+
+def test_a_list_inside_a_row_is_not_taken_for_the_rows(here):
+    found = [row | {"history": [{"a": 1}]} for row in SHAPES["prompt"]]
+    Path("f.json").write_text(jsonl(found), "utf-8")
+    assert said("f.json") == TURNS
+    Path("f.json").write_text(jsonl(found[:1]), "utf-8")
+    assert said("f.json") == TURNS[:1]
+
+
+def test_a_quote_never_closed_does_not_swallow_the_file(here):
+    Path("f.csv").write_text('prompt,completion\na,"b\n' + "c,d\n" * 50, "utf-8")
+    assert fails("DATA-19", "f.csv")["line"] == 2
+
+
+def test_two_columns_of_one_name(here):
+    Path("f.csv").write_text("prompt,prompt,completion\na,b,c\n", "utf-8")
+    assert fails("DATA-25", "f.csv")["column"] == "prompt"
+
+
+def test_lines_ended_as_old_macs_did(here):
+    Path("f.jsonl").write_bytes(jsonl(SHAPES["prompt"]).encode().replace(b"\n", b"\r"))
+    assert said() == TURNS
+    Path("f.csv").write_bytes(b"prompt,completion\ra,b\rc,d\r")
+    assert [turns[1][1] for turns in said("f.csv")] == ["b", "d"]
+
+
+def test_an_empty_file_in_a_folder_has_no_shape_of_its_own(here):
+    Path("d").mkdir()
+    Path("d/a.jsonl").write_text("", "utf-8")
+    Path("d/b.jsonl").write_text(jsonl(SHAPES["alpaca"]), "utf-8")
+    assert said("d") == TURNS
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-32-le"])
+def test_wide_characters_without_their_mark(here, encoding):
+    Path("f.csv").write_bytes("prompt,completion\na,b\n".encode(encoding))
+    fails("DATA-02", "f.csv", map={"prompt": "prompt"})
+
+
+def test_archives_that_cannot_be_opened(here):
+    with zipfile.ZipFile("f.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.jsonl", jsonl(SHAPES["prompt"] * 300))
+    raw = bytearray(Path("f.zip").read_bytes())
+    raw[200:260] = b"\xff" * 60
+    Path("f.zip").write_bytes(raw)
+    fails("DATA-20", "f.zip")
+    raw[6] |= 1  # the mark of a password, in both headers
+    raw[raw.index(b"PK\x01\x02") + 8] |= 1
+    Path("g.zip").write_bytes(raw)
+    fails("DATA-20", "g.zip")
+
+
+@pytest.mark.parametrize("name", ["bz2", "xz"])
+def test_other_ways_of_packing(here, name):
+    import bz2
+    import lzma
+
+    raw = jsonl(SHAPES["prompt"]).encode()
+    Path(f"f.jsonl.{name}").write_bytes({"bz2": bz2, "xz": lzma}[name].compress(raw))
+    assert said(f"f.jsonl.{name}") == TURNS
+
+
+def test_half_a_character_can_be_converted_and_stays_half(here):
+    from maese.text.convert import convert
+
+    Path("f.jsonl").write_text(
+        '{"prompt": "a\\ud83d", "completion": "ñ"}\n{"prompt": "¿?", "completion": "ñ"}\n', "utf-8"
+    )
+    assert convert(Source(path="f.jsonl"), Path("g.jsonl")) == 2
+    assert said("g.jsonl") == said("f.jsonl") and "ñ" in Path("g.jsonl").read_text("utf-8")
+
+
+def test_a_conversation_of_no_turns_has_a_side_all_the_same(here):
+    from maese.text.split import place
+
+    Path("f.jsonl").write_text('{"messages": []}\n', "utf-8")
+    assert 0 <= place(next(iter(open_source(Source(path="f.jsonl"))))) < 1

@@ -18,6 +18,7 @@ from maese.errors import MaeseError
 from maese.recipe import Source
 from maese.run import disk
 from maese.text import split, streams
+from maese.text.faults import SURROGATE
 from maese.text.read import Item, open_source
 from maese.text.record import Document
 from maese.text.rows import rows
@@ -69,6 +70,12 @@ def divide(source: Source, share: float, group: str | None, outputs: tuple[Path,
     return counts[train], counts[held]
 
 
+def line_of(row: dict[str, Any]) -> str:
+    """A row as JSON; half a character, which is no text that a file can hold, stays spelt `\\ud83d`."""
+    line = json.dumps(row, ensure_ascii=False)
+    return line if line.isascii() or not SURROGATE.search(line) else json.dumps(row)
+
+
 def _write(files: Mapping[Path, Iterable[dict[str, Any]]]) -> dict[Path, int]:
     """Rows to JSONL, each file whole or not there at all."""
     counts = dict.fromkeys(files, 0)
@@ -81,7 +88,7 @@ def _write(files: Mapping[Path, Iterable[dict[str, Any]]]) -> dict[Path, int]:
             stack.callback(draft.unlink, missing_ok=True)
             with disk(path), draft.open("w", encoding="utf-8") as out:
                 for row in found:
-                    out.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    out.write(line_of(row) + "\n")
                     counts[path] += 1
             draft.replace(path)
     return counts

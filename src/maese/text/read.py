@@ -175,19 +175,19 @@ def open_source(source: Source, format: str = "auto", on_fault: Fault | None = N
     -05, -17, -18, DEP-01, and those of `rows`, `shape` and `hub`.
     """
     if source.hub is not None:
-        found = format if format != "auto" else _looked(source, hub_rows(source), source.hub)
+        found = format if format != "auto" else _looked(source, hub_rows(source), source.hub) or "messages"
         name = hashlib.sha256(f"{source.hub}\0{source.part}".encode()).hexdigest()
         return Reading(source, found, name, 0, on_fault, raw)
     inside = streams.pieces(source.name)
     found = format
     if format == "auto":
-        shapes = {_shape_of_piece(source, piece) for piece in inside}
-        if len(shapes) > 1:
-            first = _shape_of_piece(source, inside[0])
-            other = next(p for p in inside if _shape_of_piece(source, p) != first)
-            facts = {"line": 1, "format": first, "other_format": _shape_of_piece(source, other)}
-            raise MaeseError("DATA-12", path=other.name, **facts)
-        found = shapes.pop()
+        found = ""
+        for piece in inside:
+            shape = _shape_of_piece(source, piece)
+            if found and shape and shape != found:
+                raise MaeseError("DATA-12", path=piece.name, line=1, format=found, other_format=shape)
+            found = found or shape or ""
+        found = found or "messages"  # nothing could be read: reading it says what is wrong
     elif format not in ("text", "qa") and any(piece.suffix in streams.TEXTS for piece in inside):
         raise MaeseError(
             "DATA-03", path=source.name, line=1, keys=".txt", command="--prompt PREGUNTA --completion RESPUESTA"
@@ -196,8 +196,8 @@ def open_source(source: Source, format: str = "auto", on_fault: Fault | None = N
     return Reading(source, found, streams.sha256(source.name), size, on_fault, raw)
 
 
-def _shape_of_piece(source: Source, piece: streams.Piece) -> str:
-    """What a piece is, from its first row or its first lines."""
+def _shape_of_piece(source: Source, piece: streams.Piece) -> str | None:
+    """What a piece is, from its first row or its first lines; None when it has neither."""
     if piece.suffix not in streams.TEXTS:
         return _looked(source, rows(piece, lambda problem: None), piece.name)
     with piece.open() as stream:
@@ -207,7 +207,7 @@ def _shape_of_piece(source: Source, piece: streams.Piece) -> str:
     return text_or_blocks(head.decode("utf-8", errors="replace"))
 
 
-def _looked(source: Source, found: Iterable[tuple[int, dict[str, Any]]], name: str) -> str:
+def _looked(source: Source, found: Iterable[tuple[int, dict[str, Any]]], name: str) -> str | None:
     """The shape of the first row that has one. A file whose first hundred rows have none is in no shape we know."""
     first: tuple[int, dict[str, Any]] | None = None
     for line, row in itertools.islice(found, 100):
@@ -216,7 +216,7 @@ def _looked(source: Source, found: Iterable[tuple[int, dict[str, Any]]], name: s
         if shape:
             return shape
     if first is None:
-        return "messages"  # nothing could be read: reading it says what is wrong
+        return None
     raise unknown(first[1], name, first[0])
 
 

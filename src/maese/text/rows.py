@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from maese.errors import MaeseError
 from maese.text.repair import encoding_of, fixed_name
+from maese.text.shape import shape_of
 from maese.text.streams import Joined, Piece
 
 Fault = Callable[[MaeseError], None]
@@ -57,6 +58,9 @@ def lines(stream: BinaryIO, name: str, fault: Fault) -> Iterator[tuple[int, str]
                 wide = codecs.getreader("utf-16")(Joined(raw, stream), "replace")  # type: ignore[arg-type]
                 yield from ((i, line.rstrip("\r\n")) for i, line in enumerate(wide, 1))
                 return
+            if raw.count(0) * 4 > len(raw):  # UTF-16 or 32 without its mark: no UTF-8 text is a quarter of NULs
+                fault(_encoding(name, raw, number))
+                return
             while raw.startswith(BOM):
                 raw = raw.removeprefix(BOM)
         try:
@@ -65,7 +69,11 @@ def lines(stream: BinaryIO, name: str, fault: Fault) -> Iterator[tuple[int, str]
             fault(_encoding(name, raw, number))
             encoding = encoding_of(raw)
             text = raw.decode(encoding, errors="replace")
-        yield number, text.rstrip("\r\n")
+        text = text.rstrip("\r\n")
+        if number == 1 and "\r" in text and not raw.endswith(b"\n"):  # old Macs ended lines with it alone
+            yield from enumerate(text.split("\r"), 1)
+            return
+        yield number, text
 
 
 def _encoding(name: str, raw: bytes, line: int) -> MaeseError:
@@ -78,7 +86,7 @@ def _jsonl(piece: Piece, numbered: Iterator[tuple[int, str]], fault: Fault) -> I
             continue
         try:
             row = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as problem:
+        except (ValueError, RecursionError) as problem:  # a number of 4,300 digits is a plain ValueError
             fault(_broken(piece.name, line, text, getattr(problem, "colno", 1)))
             continue
         if isinstance(row, dict):
@@ -104,7 +112,7 @@ def _json(piece: Piece, stream: BinaryIO, fault: Fault) -> Iterator[Row]:
     """An array of objects, objects one after another, or one object that holds the list, read as it comes."""
     decoder = json.JSONDecoder()
     reader: codecs.IncrementalDecoder = codecs.getincrementaldecoder("utf-8")()
-    buffer, at, line, ended, first, array = "", 0, 1, False, True, False
+    buffer, at, line, ended, first, array, closed = "", 0, 1, False, True, False, False
     found = 0
     while True:
         while at < len(buffer) and buffer[at] in " \t\r\n,\ufeff":
@@ -114,14 +122,19 @@ def _json(piece: Piece, stream: BinaryIO, fault: Fault) -> Iterator[Row]:
             array, first = buffer[at] == "[", False
             at += array
             continue
-        if at < len(buffer) and array and buffer[at] == "]":
+        if at < len(buffer) and array and not closed and buffer[at] == "]":
+            closed = True
+            at += 1
+            continue
+        if at < len(buffer) and closed:
+            fault(_broken(piece.name, line, buffer[at : at + 60].split("\n", 1)[0], 1))
             return
         if at < len(buffer):
             try:
                 row, end = decoder.raw_decode(buffer, at)
                 if not ended and end == len(buffer) and not isinstance(row, (dict, list)):
                     raise json.JSONDecodeError("a number may go on", buffer, end)
-            except (json.JSONDecodeError, RecursionError) as problem:
+            except (ValueError, RecursionError) as problem:
                 if ended or len(buffer) - at > LONGEST_LINE:
                     place = getattr(problem, "pos", at)
                     before = buffer.rfind("\n", 0, place) + 1
@@ -129,7 +142,12 @@ def _json(piece: Piece, stream: BinaryIO, fault: Fault) -> Iterator[Row]:
                     fault(_broken(piece.name, line + buffer.count("\n", at, place), text, place - before + 1))
                     return
             else:
-                held = _held(row) if not array and not found else None
+                if not ended and not array and not found and not buffer[end:].strip():
+                    raw = stream.read(CHUNK)  # is this the only object of the file?
+                    ended = not raw
+                    buffer += reader.decode(raw, final=ended)
+                    continue
+                held = _held(row) if not array and not found and not buffer[end:].strip() else None
                 found += 1
                 if held is not None:
                     yield from enumerate(held, 1)
@@ -141,6 +159,8 @@ def _json(piece: Piece, stream: BinaryIO, fault: Fault) -> Iterator[Row]:
                 at = end
                 continue
         elif ended:
+            if array and not closed:
+                fault(_broken(piece.name, line, "…", 1))
             return
         # What is left is kept, and as much again is read: a long row costs its length, not its square.
         raw = stream.read(max(CHUNK, len(buffer) - at))
@@ -154,8 +174,8 @@ def _json(piece: Piece, stream: BinaryIO, fault: Fault) -> Iterator[Row]:
 
 
 def _held(row: Any) -> list[dict[str, Any]] | None:
-    """The rows inside `{"data": [{…}, …]}`: an object with one list of objects and nothing that is itself a row."""
-    if not isinstance(row, dict) or {"messages", "conversations"} & row.keys():
+    """The rows inside `{"data": [{…}, …]}`: an object with one list of objects that is not itself a row."""
+    if not isinstance(row, dict) or shape_of(row):
         return None
     lists = [v for v in row.values() if isinstance(v, list) and v and all(isinstance(x, dict) for x in v)]
     return lists[0] if len(lists) == 1 else None
@@ -176,8 +196,13 @@ def _csv(piece: Piece, numbered: Iterator[tuple[int, str]], fault: Fault) -> Ite
     source = texts()
     head = next(source, "")
     mark = "\t" if piece.suffix == ".tsv" else max(",;\t|", key=head.count)
-    names = next(csv.reader([head], delimiter=mark), [])
-    reader = csv.reader(source, delimiter=mark)
+    names = next(csv.reader([head.replace("\r", " ")], delimiter=mark), [])
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        fault(MaeseError("DATA-25", path=piece.name, column=twice))
+        return
+    # Strict: a quote that is never closed would swallow the rest of the file into one cell.
+    reader = csv.reader(source, delimiter=mark, strict=True)
     while True:
         start = last + 1
         try:
@@ -212,5 +237,5 @@ def _parquet(piece: Piece) -> Iterator[Row]:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except arrow.ArrowInvalid:
+    except (arrow.ArrowException, OSError):
         raise MaeseError("DATA-20", path=piece.name) from None

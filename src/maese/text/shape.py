@@ -102,7 +102,7 @@ def _turns(value: Any, path: str, line: int) -> tuple[Message, ...]:
     if isinstance(value, str):  # some tables keep the list as JSON inside a cell
         try:
             value = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             value = None
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise MaeseError("DATA-21", path=path, line=line, name="messages", found=type(value).__name__)

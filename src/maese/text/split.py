@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import Any
 
 from maese.errors import MaeseError
-from maese.text.record import Conversation, Document
+from maese.text.record import Conversation, Document, Message
 
 
 def tail(documents: list[Document], share: float) -> tuple[list[Document], list[Document]]:
@@ -60,7 +59,7 @@ def group_of(item: Document | Conversation, column: str | None) -> str:
         return " ".join(str(item.meta[column]).casefold().split())
     if isinstance(item, Document):
         return item.text
-    asked: Any = next((m.content for m in item.messages if m.role == "user"), item.messages[0].content)
+    asked = next((m.content for m in (*item.messages, Message("user", "")) if m.role == "user"), "")
     return " ".join(asked.lower().split())
 
 

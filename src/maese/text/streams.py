@@ -3,7 +3,7 @@
     for piece in pieces("datos.tar.gz"):      Piece(name="datos.tar.gz/a.jsonl", suffix=".jsonl", …)
         with piece.open() as stream: …
 
-Nothing is unpacked on disk and nothing is held whole: `.gz`, `.zst`, `.zip` and `.tar` flow as they are read. What
+Nothing is unpacked on disk and nothing is held whole: `.gz`, `.zst`, `.bz2`, `.xz`, `.zip` and `.tar` flow as they are read. What
 is inside is known by its first bytes before its name, because names lie more often.
 """
 
@@ -25,8 +25,11 @@ from typing import Any, BinaryIO
 from maese.errors import MaeseError
 from maese.recipe import shipped
 
-MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PK\x03\x04": ".zip", b"PAR1": ".parquet"}
-PACKED, ARCHIVES = (".gz", ".zst"), (".zip", ".tar", ".tgz")
+MAGIC = {
+    b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz", b"PK\x03\x04": ".zip",
+    b"PAR1": ".parquet",
+}  # fmt: skip
+PACKED, ARCHIVES = (".gz", ".zst", ".bz2", ".xz"), (".zip", ".tar", ".tgz")
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 TEXTS = (".txt", ".md", ".text")
 # Formats with pages and fonts; there are good programs that turn them into text, and this is not one.
@@ -137,19 +140,22 @@ def _shape(suffix: str, head: bytes) -> str:
 def _unpacked(piece: Piece, kind: str) -> Callable[[], Any]:
     @contextmanager
     def opened() -> Iterator[BinaryIO]:
+        import bz2
         import gzip
+        import lzma
         import zlib
 
         import zstandard
 
+        library: Any = {".gz": gzip, ".bz2": bz2, ".xz": lzma}.get(kind)
         try:
             with piece.open() as raw:
-                if kind == ".gz":
-                    with gzip.open(raw) as stream:
-                        yield stream  # type: ignore[misc]
+                if library:
+                    with library.open(raw) as stream:
+                        yield stream
                 else:
                     yield io.BufferedReader(_Zstd(raw), 2**20)  # type: ignore[misc]
-        except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError):
+        except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, zstandard.ZstdError):
             raise MaeseError("DATA-20", path=piece.name) from None
 
     return opened
@@ -206,11 +212,23 @@ class Joined:
 
 def _zip(piece: Piece) -> Iterator[Piece]:
     import zipfile
+    import zlib
 
     @contextmanager
     def member(name: str) -> Iterator[BinaryIO]:
-        with piece.open() as raw, zipfile.ZipFile(raw) as archive, archive.open(name) as stream:
-            yield stream  # type: ignore[misc]
+        try:
+            with piece.open() as raw, zipfile.ZipFile(raw) as archive:
+                try:
+                    stream = archive.open(name)
+                except (
+                    RuntimeError,
+                    NotImplementedError,
+                ):  # it asks for a password, or is packed in a way unknown here
+                    raise MaeseError("DATA-20", path=piece.name) from None
+                with stream:
+                    yield stream  # type: ignore[misc]
+        except (zipfile.BadZipFile, EOFError, zlib.error):
+            raise MaeseError("DATA-20", path=piece.name) from None
 
     try:
         with piece.open() as raw, zipfile.ZipFile(raw) as archive:

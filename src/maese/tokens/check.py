@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from maese.errors import MaeseError
 from maese.recipe import Data, Source
 from maese.text import split
 from maese.text.audit import audit
@@ -36,7 +37,7 @@ def check(
     def held(item: Item) -> bool:
         return split.place(item, data.group) <= data.validation
 
-    return audit(
+    found = audit(
         reading,
         lengths=lambda items: list(renderer.render_many(items, data.loss)),
         limit=data.max_length,
@@ -48,6 +49,9 @@ def check(
         stop_ids=renderer.stop_ids,
         progress=progress,
     )
+    if not found.rows and not found.findings:
+        raise MaeseError("DATA-05", path=source.name)
+    return found
 
 
 def shown(source: Source, data: Data, tokenizer: Any, first: int = 1, rows: int = 3) -> Iterator[dict[str, Any]]:
