@@ -3,8 +3,8 @@
     for piece in pieces("datos.tar.gz"):      Piece(name="datos.tar.gz/a.jsonl", suffix=".jsonl", …)
         with piece.open() as stream: …
 
-Nothing is unpacked on disk and nothing is held whole: `.gz`, `.zst`, `.bz2`, `.xz`, `.zip` and `.tar` flow as they are read. What
-is inside is known by its first bytes before its name, because names lie more often.
+Nothing is unpacked on disk and nothing is held whole: `.gz`, `.zst`, `.bz2`, `.xz`, `.zip` and `.tar` flow as they are
+read. What is inside is known by its first bytes before its name, because names lie more often.
 """
 
 from __future__ import annotations
