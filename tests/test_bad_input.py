@@ -93,7 +93,7 @@ def put(name: str, content: bytes | str) -> Path:
 def test_a_missing_file_proposes_the_nearest(fails, maese, receta):
     said = fails("DATA-01", "train", receta, source("librp.txt"))
     assert "¿querías decir libro.txt?" in said and not Path("runs").exists()
-    assert maese("-qq", *typed(said), "output=bien")[0] == 0
+    assert maese(*typed(said))[0] == 0
     assert "data/quijote_muestra.txt" in fails("DATA-01", "train", receta, source("no/hay/nada.txt"))
     fails("DATA-01", "data", "fix", "nada.txt")
 

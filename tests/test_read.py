@@ -251,7 +251,16 @@ def test_a_row_of_another_shape(here):
     Path("d").mkdir()
     Path("d/a.jsonl").write_text(jsonl(SHAPES["prompt"]), "utf-8")
     Path("d/b.jsonl").write_text(jsonl(SHAPES["alpaca"]), "utf-8")
-    assert fails("DATA-12", "d")["path"] == "d/b.jsonl"
+    facts = fails("DATA-12", "d")
+    assert (facts["path"], facts["line"]) == ("d", "b.jsonl:1"), "what mends it is done to the whole folder"
+
+
+@pytest.mark.parametrize(("format", "shape"), [("text", "prompt"), ("qa", "prompt"), ("alpaca", "prompt")])
+def test_a_recipe_that_says_another_shape(here, format, shape):
+    Path("f.jsonl").write_text(jsonl(SHAPES["prompt"]), "utf-8")
+    with pytest.raises(MaeseError) as problem:
+        open_source(Source(path="f.jsonl"), format)
+    assert (problem.value.code, problem.value.facts["found"]) == ("DATA-26", shape)
 
 
 def test_a_value_that_is_not_text(here):

@@ -119,7 +119,7 @@ def explain(code: str | None) -> None:
         for each in codes:
             click.echo(f"{each:<12} {words[f'error.{each}.why'].split('. ')[0].rstrip('.')}")
     elif code.upper() in codes:
-        click.echo(f"{code.upper()}: {words[f'error.{code.upper()}.why']}")
+        click.echo(f"{code.upper()}: {say(f'error.{code.upper()}.why')}")
     else:
         near = difflib.get_close_matches(code, [*codes, *keys], n=1, cutoff=0)
         raise UsageError("USE-08", found=code, nearest=near[0])

@@ -59,8 +59,11 @@ def _seen_by(recipe: str | None, changes: dict[str, Any], path: str | None) -> t
         chosen = recipes.check({"name": "data", "base": base, "data": plain})
     load.quiet()
     found = load.load_tokenizer(load.resolve(chosen.base))
-    sources = [recipes.Source(path=path)] if path else list(chosen.data.sources)
-    return chosen, found, sources
+    if not path:
+        return chosen, found, list(chosen.data.sources)
+    # Another file than the recipe's is looked at as what it is.
+    data = chosen.data.model_copy(update={"format": "auto"})
+    return chosen.model_copy(update={"data": data}), found, [recipes.Source(path=path)]
 
 
 def looking_options(command: Any) -> Any:
@@ -111,12 +114,14 @@ def data_check(ctx: click.Context, path: str | None, near: bool, html: Path | No
 @data.command("show", help=say("cli.data_show.help"))
 @click.argument("path", required=False, metavar=say("cli.metavar.maybe_file"))
 @looking_options
-@click.option("--row", type=click.IntRange(1), default=1, metavar="N", help=say("cli.data_show.row"))
-@click.option("--rows", type=click.IntRange(1), default=3, metavar="N", help=say("cli.data_show.rows"))
+@click.option("--row", type=click.IntRange(1), metavar="N", help=say("cli.data_show.row"))
+@click.option("--rows", type=click.IntRange(1), metavar="N", help=say("cli.data_show.rows"))
 @click.option("--html", type=PATH, metavar=say("cli.metavar.path"), help=say("cli.data_show.html"))
 @click.pass_context
-def data_show(ctx: click.Context, path: str | None, row: int, rows: int, html: Path | None, **given: Any) -> None:
-    _show(ctx, path, row, rows, html, **given)
+def data_show(
+    ctx: click.Context, path: str | None, row: int | None, rows: int | None, html: Path | None, **given: Any
+) -> None:
+    _show(ctx, path, row or 1, rows or (1 if row else 3), html, **given)
 
 
 @inspect.command("template", help=say("cli.inspect_template.help"))

@@ -149,10 +149,12 @@ def names() -> list[str]:
 
 def find(what: str) -> Path:
     """The file of a recipe, given its path or the name of one that travels with maese."""
-    for path in (Path(what), shipped(f"recipes/{what}.yaml")):
+    for path in (Path(what), shipped(f"recipes/{what}.yaml"), shipped(what)):
         if path.is_file():
             return path
     near = difflib.get_close_matches(Path(what).stem, names(), n=1, cutoff=0.5)
+    if Path(f"{what}.yaml").is_file():
+        near = [f"{what}.yaml"]
     raise MaeseError("USE-05", name=what, known=", ".join(names()), nearest=near[0] if near else names()[0])
 
 

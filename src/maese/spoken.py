@@ -62,7 +62,7 @@ class Command(Spoken, click.Command):
         super().__init__(*args, **kwargs)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        if ctx.command.name == "train":
+        if ctx.command_path == "maese train":
             self.format_keys(formatter)
         key = "cli." + ctx.command_path.split(" ", 1)[1].replace(" ", "_") + ".examples"
         if key in catalogue(language()):

@@ -135,7 +135,7 @@ def chat(writer: Any, name: str, settings: dict[str, Any]) -> None:
     from maese.generate.chat import Chat
 
     conversation = Chat(writer, **settings)
-    talk(say("chat.hello" if writer.format == "qa" else "chat.hello_text", name=name))
+    talk(say("chat.hello" if writer.format != "text" else "chat.hello_text", name=name))
     while True:
         try:
             line = input(say("chat.you") if sys.stdin.isatty() else "").strip()

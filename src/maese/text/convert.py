@@ -49,7 +49,8 @@ def _each(source: Source) -> Iterator[Item]:
         return
 
     def stop(problem: MaeseError) -> None:
-        raise problem
+        if problem.code != "DATA-02":  # what is written is UTF-8, whatever was read
+            raise problem
 
     for piece in places:
         for line, row in rows(piece, stop):

@@ -28,7 +28,7 @@ from maese.text import streams
 from maese.text.dedup import exact_key, whole
 from maese.text.faults import READING, SURROGATE, faults_of
 from maese.text.read import MARK, blocks, text_or_blocks
-from maese.text.repair import CONTROL, MOJIBAKE, encoding_of
+from maese.text.repair import CONTROL, MOJIBAKE, encoding_of, fixed_table
 from maese.text.rows import BOM, LONGEST_LINE, rows
 from maese.text.shape import item_of, shape_of
 from maese.text.streams import Piece
@@ -56,14 +56,34 @@ class Mended:
 def mend(path: str, output: Path, only: set[str] | None = None) -> Mended:
     """Write the mended file, its `.diff` and what was dropped. `only` names the kinds to repair; None is all of them.
 
-    Errors: RUN-01 (the new file exists), DISK-01, DISK-02, and those of finding the source.
+    Of a folder or an archive it makes a folder of mended files. Errors: RUN-01 (the new file exists), DISK-01, DISK-02,
+    and those of finding the source.
     """
+    inside = streams.pieces(path)
+    if [piece.name for piece in inside] == [path] or path == "-":
+        return _mend_one(path, inside[0], output, only)
+    if output.exists():
+        raise MaeseError("RUN-01", path=str(output), free=str(_free(output)))
+    done = [
+        _mend_one(piece.name, piece, output / fixed_table(piece.name.removeprefix(f"{path.rstrip('/')}/")), only)
+        for piece in inside
+    ]
+    changed = sum((Counter(each.changed) for each in done), Counter[str]())
+    dropped = sum((Counter(each.dropped) for each in done), Counter[str]())
+    left = next((output for each in done if each.dropped_to), None)
+    kept, odd = sum(each.kept for each in done), {each.encoding for each in done} - {"utf-8"}
+    return Mended(path, output, output, left, kept, dict(changed), dict(dropped), odd.pop() if odd else "utf-8")
+
+
+def _free(output: Path) -> Path:
+    return next(p for i in itertools.count(2) if not (p := output.with_stem(f"{output.stem}-{i}")).exists())
+
+
+def _mend_one(path: str, piece: Piece, output: Path, only: set[str] | None) -> Mended:
     names = [output, Path(f"{output}.diff"), Path(f"{output}.dropped.jsonl")]
     taken = next((name for name in names if name.exists()), None)
     if taken:
-        free = next(p for i in itertools.count(2) if not (p := output.with_stem(f"{output.stem}-{i}")).exists())
-        raise MaeseError("RUN-01", path=str(taken), free=str(free))
-    inside = streams.pieces(path)
+        raise MaeseError("RUN-01", path=str(taken), free=str(_free(output)))
     drafts = [name.with_name(f".{name.name}.{os.getpid()}") for name in names]
     with disk(output), contextlib.ExitStack() as stack:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -72,8 +92,7 @@ def mend(path: str, output: Path, only: set[str] | None = None) -> Mended:
         out, diff, dropped = (stack.enter_context(_new(draft)) for draft in drafts)
         diff.write(f"--- {path}\n+++ {output}\n")
         work = _Work(only, out, diff, dropped)
-        for piece in inside:
-            work.piece(piece)
+        work.piece(piece)
         for stream in (out, diff, dropped):
             stream.flush()
             os.fsync(stream.fileno())
@@ -96,11 +115,15 @@ class _Work:
         self.changed, self.dropped = Counter[str](), Counter[str]()
         self.kept, self.encoding = 0, "utf-8"
         self.seen: set[str] = set()
+        self.shaped = False  # whether rows of this file have a shape we know: then one that has none is at fault
 
     def wanted(self, kind: str) -> bool:
         return self.only is None or kind in self.only
 
     def piece(self, piece: Piece) -> None:
+        if piece.suffix not in streams.TEXTS:
+            first = itertools.islice(rows(piece, lambda problem: None), 100)
+            self.shaped = any(shape_of(row) for _, row in first)
         if piece.suffix in TABLES:
             self._table(piece)
         elif piece.suffix in streams.ROWS:
@@ -129,7 +152,7 @@ class _Work:
         """Write down a row that goes, where it was and why."""
         self.dropped[kind] += 1
         row = {"line": number, "reason": kind, "path": name, "text": old}
-        self.left.write(json.dumps(row, ensure_ascii=True) + "\n")
+        self.left.write(json.dumps(row, ensure_ascii=bool(SURROGATE.search(old))) + "\n")
         self.differ(number, old, None)
 
     def differ(self, number: int, old: str, new: str | None) -> None:
@@ -226,10 +249,11 @@ class _Work:
         return value
 
     def _reason(self, row: dict[str, Any], number: int) -> str | None:
-        """Why a repaired row still cannot be learnt from, or None. Columns we do not know are left to `convert`."""
+        """Why a repaired row still cannot be learnt from, or None. A file of columns we do not know is left to
+        `convert`."""
         shape = shape_of(row)
         if shape is None:
-            return None
+            return "keys" if self.shaped else None
         try:
             item = item_of(row, shape, "", number)
         except MaeseError as problem:

@@ -22,7 +22,7 @@ from maese.recipe import Source
 from maese.text import streams
 from maese.text.hub import hub_rows
 from maese.text.record import Conversation, Document, Message, Note
-from maese.text.repair import decode, normalise, strip_gutenberg
+from maese.text.repair import decode, fixed_name, normalise, strip_gutenberg
 from maese.text.rows import BOM, Fault, lines, rows
 from maese.text.shape import item_of, mapped, shape_of, unknown
 
@@ -57,6 +57,12 @@ class Reading:
         return "text" if self.format == "text" else "chat"
 
     def __iter__(self) -> Iterator[Item]:
+        try:
+            yield from self._counted()
+        except MaeseError as problem:
+            raise of_source(problem, self.path) from None
+
+    def _counted(self) -> Iterator[Item]:
         self.items = self.characters = 0
         self._seen: Counter[str] = Counter()
         before = streams.stamp(self.path) if self.source.path is not None else ()
@@ -174,6 +180,13 @@ def open_source(source: Source, format: str = "auto", on_fault: Fault | None = N
     Faults of a row go to `on_fault(problem)` and reading goes on; without it they are raised. Errors: DATA-01, -03,
     -05, -17, -18, DEP-01, and those of `rows`, `shape` and `hub`.
     """
+    try:
+        return _opened(source, format, on_fault, raw)
+    except MaeseError as problem:
+        raise of_source(problem, source.name) from None
+
+
+def _opened(source: Source, format: str, on_fault: Fault | None, raw: bool) -> Reading:
     if source.hub is not None:
         found = format if format != "auto" else _looked(source, hub_rows(source), source.hub) or "messages"
         name = hashlib.sha256(f"{source.hub}\0{source.part}".encode()).hexdigest()
@@ -188,12 +201,28 @@ def open_source(source: Source, format: str = "auto", on_fault: Fault | None = N
                 raise MaeseError("DATA-12", path=piece.name, line=1, format=found, other_format=shape)
             found = found or shape or ""
         found = found or "messages"  # nothing could be read: reading it says what is wrong
-    elif format not in ("text", "qa") and any(piece.suffix in streams.TEXTS for piece in inside):
-        raise MaeseError(
-            "DATA-03", path=source.name, line=1, keys=".txt", command="--prompt PREGUNTA --completion RESPUESTA"
-        )
+    else:
+        for piece in inside:
+            shape = _shape_of_piece(source, piece)
+            # Question blocks can be read as raw text, and a raw text says by itself that it has no blocks.
+            if shape and shape != format and {shape, format} != {"text", "qa"}:
+                raise MaeseError("DATA-26", path=piece.name, format=format, found=shape)
     size = sum(piece.size for piece in inside)
     return Reading(source, found, streams.sha256(source.name), size, on_fault, raw)
+
+
+def of_source(problem: MaeseError, path: str) -> MaeseError:
+    """The same problem told of the folder or archive that was named, its file beside the line: what mends it is done
+    to the whole."""
+    inner = str(problem.facts.get("path", ""))
+    if not inner.startswith(f"{path.rstrip('/')}/"):
+        return problem
+    facts: dict[str, object] = {**problem.facts, "path": path}
+    if "line" in facts:
+        facts["line"] = f"{inner.removeprefix(path.rstrip('/') + '/')}:{facts['line']}"
+    if "fixed" in facts:
+        facts["fixed"] = fixed_name(path)
+    return MaeseError(problem.code, **facts)
 
 
 def _shape_of_piece(source: Source, piece: streams.Piece) -> str | None:

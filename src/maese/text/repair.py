@@ -90,7 +90,15 @@ def fixed_name(path: str) -> str:
 
     Tables are written out as JSONL, which has no cells to misplace.
     """
+    bare = Path(fixed_table(path))
+    if bare.suffix.lower() in (".zip", ".tar", ".tgz"):
+        bare = bare.with_suffix("")  # what is mended of an archive is a folder
+        return f"{bare}.fixed"
+    return str(bare.with_name(f"{bare.stem}.fixed{bare.suffix}"))
+
+
+def fixed_table(path: str) -> str:
+    """The name without compression, and as JSONL what was a table: `fixed_table("a.csv.gz")` is `a.jsonl`."""
     old = Path(path)
-    bare = old.with_suffix("") if old.suffix.lower() in (".gz", ".zst") else old
-    suffix = ".jsonl" if bare.suffix.lower() in TABLES else bare.suffix
-    return str(bare.with_name(f"{bare.stem}.fixed{suffix}"))
+    bare = old.with_suffix("") if old.suffix.lower() in (".gz", ".zst", ".bz2", ".xz") else old
+    return str(bare.with_suffix(".jsonl") if bare.suffix.lower() in TABLES else bare)

@@ -78,6 +78,9 @@ def pieces(path: str) -> list[Piece]:
     found = [p for p in sorted(place.rglob("*")) if p.is_file() and not p.name.startswith(".")]
     known = [p for p in found if suffix_of(p.name) in (*ROWS, *TEXTS) or p.suffix.lower() in ARCHIVES]
     if not known:
+        for p in found:
+            if p.name.lower().endswith(NOT_TEXT):
+                raise MaeseError("DATA-18", path=path, suffix=p.suffix.lower())
         raise MaeseError("DATA-05", path=path)
     return [piece for p in known for piece in _inside(_file(p, f"{path.rstrip('/')}/{p.relative_to(place)}"))]
 

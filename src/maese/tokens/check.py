@@ -41,7 +41,7 @@ def check(
         reading,
         lengths=lambda items: list(renderer.render_many(items, data.loss)),
         limit=data.max_length,
-        too_long="split" if reading.kind == "text" and data.too_long == "error" else data.too_long,
+        too_long="split" if reading.kind == "text" and data.too_long != "drop" else data.too_long,
         held=None if in_one_piece(reading) or not data.validation else held,
         prompts=list(prompts),
         near=near,
@@ -57,7 +57,8 @@ def check(
 def shown(source: Source, data: Data, tokenizer: Any, first: int = 1, rows: int = 3) -> Iterator[dict[str, Any]]:
     """Rows from the `first` on (from 1): the `id`, the `text` as one string, and the `pieces` the model sees."""
     renderer = open_template(data.template, tokenizer)  # few rows: the slow way is the quick one
-    for item in itertools.islice(open_source(source, data.format), first - 1, first - 1 + rows):
+    whole = open_source(source, data.format, on_fault=lambda problem: None)  # counted as the doctor counts them
+    for item in itertools.islice(whole, first - 1, first - 1 + rows):
         example = renderer.render(item, data.loss)
         text = item.text if hasattr(item, "text") else renderer.text(item.messages)
         limit = data.max_length

@@ -21,6 +21,8 @@ from maese.text.findings import Audit, Finding
 SIGNS = {"error": "✗", "warning": "!", "info": "·"}
 SHOWN_LINES, SHOWN_LABELS = 12, 5
 # Their share of the rows says nothing: they are of the whole.
+# Of a raw text, whose other faults are counted by line.
+OF_DOCUMENTS = ("exact_duplicate", "near_duplicate", "leak", "eval_leak", "language", "repetitive", "too_long")
 OF_THE_WHOLE = ("encoding", "all_equal", "few_rows", "little_text", "bom")
 
 
@@ -48,7 +50,7 @@ def told(finding: Finding, audit: Audit) -> Told:
         "path": shlex.quote(audit.path),
         "line": _line(finding, number),
     }
-    share = "" if finding.kind in OF_THE_WHOLE else share_of(finding.count, audit)
+    share = "" if finding.kind in OF_THE_WHOLE else share_of(finding.count, audit, finding.kind in OF_DOCUMENTS)
     typed = {**facts, "line": _line(finding, str)}
     title, why = (say(f"finding.{finding.kind}.{part}", **facts) for part in ("title", "why"))
     # What is pasted is not localised: 1.024 would be another number.
@@ -64,9 +66,9 @@ def _line(finding: Finding, write: Callable[[int], str]) -> str:
     return write(first) if isinstance(first, int) else first
 
 
-def share_of(count: int, audit: Audit) -> str:
+def share_of(count: int, audit: Audit, of_documents: bool = False) -> str:
     """`share_of(1, audit)` of 45,000 rows is «menos de 0,1 %», never «0,0 %»."""
-    share = count / audit.units
+    share = count / (max(audit.rows, 1) if of_documents else audit.units)
     return f"{say('doctor.less')} {percent(0.001)}" if share < 0.0005 else percent(share)
 
 
@@ -97,7 +99,7 @@ def headline(audit: Audit) -> str:
     else:
         size = say("doctor.size.tokens", tokens=quantity(audit.tokens))
     kind = "talk" if audit.counts.get("conversations") else "text"
-    return say(f"doctor.header.{kind}", path=audit.path, rows=audit.rows, size=size, language=_language(audit))
+    return say(f"doctor.header.{kind}", path=audit.path, n=audit.rows, size=size, language=_language(audit))
 
 
 def _language(audit: Audit) -> str:
