@@ -142,3 +142,55 @@ def test_what_comes_through_a_pipe(maese, clean, monkeypatch):
     assert code == 0 and "60 conversaciones" in out
     streams.piped().unlink()
     streams.piped.cache_clear()
+
+
+def test_columns_can_be_named_where_data_are_looked_at(maese, csv):
+    code, out, _ = maese("data", "check", csv, "--prompt", "pregunta", "--completion", "respuesta")
+    assert code == 0 and "60 conversaciones" in out
+
+
+def test_a_recipe_of_another_shape_looks_at_a_file_as_what_it_is(maese, clean):
+    assert maese("data", "check", "--recipe", "pokemon", clean)[0] == 0
+
+
+def test_a_table_in_an_old_encoding_is_converted_in_one_step(maese, csv):
+    raw = Path(csv).read_text("utf-8").replace("Ana", "Íñigo")
+    Path(csv).write_bytes(raw.encode("cp1252"))
+    assert maese("data", "convert", csv, "--prompt", "pregunta", "--completion", "respuesta")[0] == 0
+    assert rows("f.messages.jsonl")[0]["autora"] == "Íñigo 0"
+
+
+def test_a_folder_is_mended_as_a_folder_and_an_archive_too(maese, here):
+    import zipfile
+
+    Path("poemas").mkdir()
+    for i in range(3):
+        Path(f"poemas/poema {i}.txt").write_bytes(f"Canción {i} del año.\n".encode("cp1252" if i else "utf-8"))
+    code, _, said = maese("data", "split", "poemas")
+    assert code == 1 and "maese data fix poemas " in said
+    with zipfile.ZipFile("poemas.zip", "w") as archive:
+        for path in Path("poemas").iterdir():
+            archive.write(path)
+    for name in ("poemas", "poemas.zip"):
+        code, out, _ = maese("data", "fix", name)
+        assert code == 0 and out.strip() == "poemas.fixed"
+        found = sorted(Path("poemas.fixed").rglob("*.txt"))
+        assert [p.read_text("utf-8") for p in found] == [f"Canción {i} del año.\n" for i in range(3)]
+        Path("poemas.fixed").rename(f"{name}.visto")
+
+
+def test_new_files_are_named_as_json_too(maese, clean):
+    assert json.loads(maese("--json", "data", "fix", clean)[1])["kept"] == 60
+    assert json.loads(maese("--json", "data", "split", clean)[1])["train"] > 40
+    code, _, said = maese("data", "fix", clean, "--only", "inventada")
+    assert code == 2 and "mojibake" in said
+
+
+def test_explain_shows_braces_as_they_are_typed(maese):
+    assert "map: {prompt: tu_columna" in maese("explain", "DATA-03")[1]
+
+
+def test_a_recipe_beside_you_is_proposed_with_its_suffix(maese, here):
+    Path("aula.yaml").write_text("name: aula\n", "utf-8")
+    assert "maese train aula.yaml" in maese("train", "aula")[2]
+    assert maese("train", "recipes/pokemon.yaml", "--dry-run")[0] == 0

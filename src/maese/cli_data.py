@@ -11,6 +11,10 @@ from maese.say import say
 from maese.spoken import Group
 
 PATH = click.Path(path_type=Path)
+MENDED = (
+    "encoding", "mojibake", "bom", "control", "not_nfc", "surrogate", "roles", "bad_json", "keys", "not_text", "empty_turn",
+    "empty_user", "empty_text", "one_sided", "exact_duplicate",
+)  # fmt: skip
 COLUMNS = ("prompt", "completion", "instruction", "input", "output", "system", "messages", "text")
 
 
@@ -84,9 +88,20 @@ def _changes(base: str | None, template: str | None, max_length: int | None) -> 
     return {"base": base, "data.template": template, "data.max_length": max_length}
 
 
+def mapping_options(command: Any) -> Any:
+    """The name that each column has in the file."""
+    for name in reversed(COLUMNS):
+        option = click.option(
+            f"--{name}", f"column_{name}", metavar=say("cli.metavar.column"), help=say("cli.map", name=name)
+        )
+        command = option(command)
+    return command
+
+
 @data.command("check", help=say("cli.data_check.help"))
 @click.argument("path", required=False, metavar=say("cli.metavar.maybe_file"))
 @looking_options
+@mapping_options
 @click.option("--near", is_flag=True, help=say("cli.data_check.near"))
 @click.option("--html", type=PATH, metavar=say("cli.metavar.path"), help=say("cli.data_check.html"))
 @click.pass_context
@@ -95,7 +110,10 @@ def data_check(ctx: click.Context, path: str | None, near: bool, html: Path | No
     from maese.terminal_data import show_audit
 
     recipe = given.pop("recipe")
+    columns = {key: given.pop(key) for key in list(given) if key.startswith("column_")}
     chosen, found, sources = _seen_by(recipe, _changes(**given), path)
+    if path:
+        sources = [_source(path, columns)]
     from maese.tokens.check import check
 
     audits = [check(source, chosen.data, found, chosen.eval.prompts, near) for source in sources]
@@ -158,7 +176,13 @@ def _show(ctx: click.Context, path: str | None, row: int, rows: int, html: Path 
 @data.command("fix", help=say("cli.data_fix.help"))
 @click.argument("path", metavar=say("cli.metavar.file"))
 @click.option("--output", type=PATH, metavar=say("cli.metavar.path"), help=say("cli.data_fix.output"))
-@click.option("--only", multiple=True, metavar=say("cli.metavar.kind"), help=say("cli.data_fix.only"))
+@click.option(
+    "--only",
+    multiple=True,
+    type=click.Choice(MENDED),
+    metavar=say("cli.metavar.kind"),
+    help=say("cli.data_fix.only", kinds=", ".join(MENDED)),
+)
 @click.pass_context
 def data_fix(ctx: click.Context, path: str, output: Path | None, only: tuple[str, ...]) -> None:
     from maese.terminal_data import show_mended
@@ -166,18 +190,18 @@ def data_fix(ctx: click.Context, path: str, output: Path | None, only: tuple[str
     from maese.text.repair import fixed_name
 
     done = mend(path, output or Path(fixed_name(path)), set(only) or None)
-    click.echo(done.output)
+    _result(ctx, done.output, kept=done.kept, changed=done.changed, dropped=done.dropped, diff=str(done.diff))
     show_mended(done, **ctx.obj)
 
 
-def mapping_options(command: Any) -> Any:
-    """The name that each column has in the file."""
-    for name in reversed(COLUMNS):
-        option = click.option(
-            f"--{name}", f"column_{name}", metavar=say("cli.metavar.column"), help=say("cli.map", name=name)
-        )
-        command = option(command)
-    return command
+def _result(ctx: click.Context, *paths: Path, **facts: Any) -> None:
+    """What was written: one path a line, or everything that is known of it as JSON."""
+    if ctx.obj["json"]:
+        import json
+
+        click.echo(json.dumps({"paths": [str(path) for path in paths]} | facts, ensure_ascii=False))
+    else:
+        click.echo("\n".join(map(str, paths)))
 
 
 def _source(path: str, columns: dict[str, Any]) -> Any:
@@ -198,7 +222,7 @@ def data_convert(ctx: click.Context, path: str, output: Path | None, **columns: 
 
     target = output or Path(path).with_name(f"{Path(path).name.split('.')[0]}.messages.jsonl")
     count = convert(_source(path, columns), target)
-    click.echo(target)
+    _result(ctx, target, rows=count)
     terminal.talk(say("data.converted", n=count, path=str(target)), **ctx.obj)
 
 
@@ -214,7 +238,7 @@ def data_split(ctx: click.Context, path: str, share: float, group: str | None) -
     stem = Path(path).with_name(Path(path).name.split(".")[0])
     outputs = Path(f"{stem}.train.jsonl"), Path(f"{stem}.validation.jsonl")
     learnt, kept = divide(_source(path, {}), share, group, outputs)
-    click.echo(f"{outputs[0]}\n{outputs[1]}")
+    _result(ctx, *outputs, train=learnt, validation=kept)
     terminal.talk(say("data.divided", learnt=learnt, kept=kept), **ctx.obj)
 
 
@@ -242,7 +266,7 @@ def data_cluster_plan(ctx: click.Context, paths: tuple[str, ...], script: Path, 
     from maese import terminal
     from maese.text.cluster import write_plan
 
-    click.echo(write_plan(script, list(paths), **given | {"rules": list(given["rules"])}))
+    _result(ctx, write_plan(script, list(paths), **given | {"rules": list(given["rules"])}))
     terminal.talk(say("data.planned", path=str(script)), **ctx.obj)
 
 
