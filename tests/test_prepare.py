@@ -244,9 +244,15 @@ def test_pieces_cover_the_text_and_learn_each_token_once(n, stride):
 
 
 def test_a_cut_answer_keeps_its_end():
+    ends = frozenset({99})
     row = Example([1, 2, 3, 4, 5, 6, 99, 7], [0, 0, 0, 1, 1, 1, 1, 0])
-    assert truncate(row, 6) == Example([1, 2, 3, 4, 5, 99], [0, 0, 0, 1, 1, 1])
-    assert truncate(row, 3) is None and truncate(row, 8) is row
+    assert truncate(row, 6, ends) == Example([1, 2, 3, 4, 5, 99], [0, 0, 0, 1, 1, 1])
+    assert truncate(row, 3, ends) is None and truncate(row, 8, ends) is row
+    # A break after the end is learnt when all is, and is not what ends the answer.
+    assert truncate(Example([1, 2, 3, 4, 99, 8], [0, 1, 1, 1, 1, 1]), 4, ends).ids == [1, 2, 3, 99]
+    # The cut falls in a question: the row ends with the answer before it, and no end is made up.
+    talk = Example([1, 2, 99, 5, 5, 5, 5, 7, 99], [0, 1, 1, 0, 0, 0, 0, 1, 1])
+    assert truncate(talk, 6, ends) == Example([1, 2, 99], [0, 1, 1])
 
 
 def test_a_chat_too_long_loses_its_oldest_turns_whole(here, tokenizer):
@@ -336,3 +342,84 @@ def test_equal_lines_of_several_files_are_several_rows(here, tokenizer):
         prepare(data("d", tolerance=0.02), tokenizer, 128)
     assert problem.value.facts["count"] == 2
     assert prepare(data("d", tolerance=0.05), tokenizer, 128).facts["dropped"] == {"empty_turn": 2}
+
+
+# What an attack found
+
+
+def test_one_bad_line_of_a_long_text_is_refused_and_its_licence_is_not_learnt(here, tokenizer, monkeypatch):
+    monkeypatch.setattr("maese.text.read.LONGEST_DOCUMENT", 3000)
+    lines = [f"Línea {i} de un libro largo." for i in range(600)]
+    path = Path("libro.txt")
+    marks = [
+        "Cabecera",
+        "*** START OF THE PROJECT GUTENBERG EBOOK X ***",
+        *lines,
+        "*** END OF THE PROJECT GUTENBERG",
+        "L",
+    ]
+    path.write_text("\n".join(marks), "utf-8")
+    prepared = prepare(data("libro.txt", too_long="split"), tokenizer, 128)
+    text = tokenizer.decode([i for side in (prepared.train, prepared.validation) for row in side for i in row.ids])
+    assert "Línea 0 de" in text and "Línea 599 de" in text and "GUTENBERG" not in text and "Cabecera" not in text
+    lines[300] = "El niÃ±o."
+    path.write_text("\n".join(lines), "utf-8")
+    with pytest.raises(MaeseError) as problem:
+        prepare(data("libro.txt", too_long="split"), tokenizer, 128)
+    assert (problem.value.code, problem.value.facts["line"]) == ("DATA-11", 301)
+
+
+def test_the_same_file_elsewhere_is_the_same_rows_whatever_its_weight(here, tokenizer):
+    path = write(rows(80))
+    Path("otra").mkdir()
+    write(rows(80), "otra/g.jsonl")
+    first = prepare(data({"path": str(path), "weight": 1.5}), tokenizer, 128)
+    other = prepare(data({"path": str(Path("otra/g.jsonl").absolute()), "weight": 1.5}), tokenizer, 128)
+    assert other.facts["ids_sha256"] == first.facts["ids_sha256"]
+    assert other.facts["sources"][0]["path"].endswith("g.jsonl")
+
+
+def test_half_the_weight_of_a_book_is_half_its_pieces(here, tokenizer):
+    Path("libro.txt").write_text("".join(f"Capítulo {i}. Érase una vez, hace {i} años.\n" for i in range(300)), "utf-8")
+    whole = prepare(data("libro.txt", too_long="split", max_length=32), tokenizer, 128)
+    half = prepare(data({"path": "libro.txt", "weight": 0.5}, too_long="split", max_length=32), tokenizer, 128)
+    assert 0.35 < len(half.train) / len(whole.train) < 0.65 and len(half.validation) == len(whole.validation)
+
+
+def test_a_group_is_on_one_side_whatever_source_it_is_in(here, tokenizer):
+    from maese.text import split
+
+    every = [f"A{i}" for i in range(300)]
+    late = sorted(every, key=lambda name: -split.chance(name.casefold()))[:3]  # by themselves none would be apart
+    write([row | {"autora": every[i]} for i, row in enumerate(rows(300))])
+    write([{"prompt": f"¿{name}?", "completion": "Sí.", "autora": name} for name in late], "g.jsonl")
+    prepared = prepare(data("f.jsonl", "g.jsonl", group="autora", validation=0.2), tokenizer, 128)
+    assert not [name for name in names(prepared.validation) if name.startswith("g.jsonl")]
+
+
+def test_a_local_data_set_of_the_hub_that_changes_is_prepared_again(here, tokenizer):
+    pytest.importorskip("datasets")
+    Path("d").mkdir()
+    write(rows(60), "d/train.jsonl")
+    first = prepare(data({"hub": "d"}), tokenizer, 128)
+    write([row | {"completion": "Otra cosa."} for row in rows(60)], "d/train.jsonl")
+    again = prepare(data({"hub": "d"}), tokenizer, 128)
+    assert again.facts["ids_sha256"] != first.facts["ids_sha256"]
+
+
+def test_a_file_changed_after_it_was_hashed_is_told(here, tokenizer):
+    from maese.recipe import Source
+    from maese.text.read import open_source
+
+    write(rows(60))
+    reading = open_source(Source(path="f.jsonl"))
+    write(rows(70))
+    with pytest.raises(MaeseError) as problem:
+        list(reading)
+    assert problem.value.code == "DATA-14"
+
+
+def test_columns_of_the_row_do_not_hide_why_it_was_left_out(here, tokenizer):
+    write([*rows(120), {"prompt": "¿Y?", "completion": "", "id": "mala", "reason": "porque sí"}])
+    (row,) = dropped(prepare(data(), tokenizer, 128))
+    assert (row["id"], row["reason"]) == ("f.jsonl#121", "empty_turn")

@@ -388,10 +388,24 @@ def test_numbers_and_nests_beyond_python_s_patience(here):
         fails("DATA-21", "f.csv")
 
 
-@pytest.mark.parametrize("end", ["", ",", ',\n{"prompt": "c"', '] [{"prompt": "c", "completion": "d"}]'])
-def test_an_array_that_does_not_close_or_goes_on_after_it(here, end):
+@pytest.mark.parametrize("end", ["", ",", ',\n{"prompt": "c"', "] y más"])
+def test_an_array_that_does_not_close_is_not_passed_over(here, end):
     Path("f.json").write_text('[{"prompt": "a", "completion": "b"}' + end, "utf-8")
     fails("DATA-04", "f.json")
+
+
+def test_arrays_one_after_another(here):
+    Path("f.json").write_text(json.dumps(SHAPES["prompt"][:1]) + "\n" + json.dumps(SHAPES["prompt"][1:]), "utf-8")
+    assert said("f.json") == TURNS
+
+
+def test_a_broken_line_of_json_lines_is_one_and_the_rest_is_read(here):
+    text = jsonl(SHAPES["prompt"][:1]) + '{"prompt": "rota\n' + jsonl(SHAPES["prompt"][1:])
+    Path("f.json").write_text(text, "utf-8")
+    assert fails("DATA-04", "f.json")["line"] == 2
+    met: list = []
+    items = list(open_source(Source(path="f.json"), on_fault=met.append))
+    assert [i.meta["line"] for i in items] == [1, 3] and [p.facts["line"] for p in met] == [2]
 
 
 def test_a_list_inside_a_row_is_not_taken_for_the_rows(here):
@@ -470,3 +484,64 @@ def test_a_conversation_of_no_turns_has_a_side_all_the_same(here):
 
     Path("f.jsonl").write_text('{"messages": []}\n', "utf-8")
     assert 0 <= place(next(iter(open_source(Source(path="f.jsonl"))))) < 1
+
+
+def test_limits_count_what_they_say_whatever_the_source(here):
+    Path("f.jsonl").write_text(jsonl({"text": f"Documento {i}."} for i in range(30)), "utf-8")
+    assert len(list(open_source(Source(path="f.jsonl", limit=10)))) == 10
+    Path("d").mkdir()
+    for name in "abc":
+        Path(f"d/{name}.txt").write_text("".join(f"{name}{i}\n" for i in range(10)), "utf-8")
+    text = "\n".join(item.text for item in open_source(Source(path="d", limit=14)))
+    assert text.split() == [f"a{i}" for i in range(10)] + [f"b{i}" for i in range(4)]
+
+
+def test_empty_cells_are_rows_and_nan_is_nothing(here):
+    Path("f.csv").write_text("prompt,completion\na,b\n,\nc,d\n\n", "utf-8")
+    assert len(said("f.csv")) == 3
+    Path("f.jsonl").write_text('{"prompt": "a", "completion": NaN}\n', "utf-8")
+    assert said() == [[("user", "a"), ("assistant", "")]]
+
+
+def test_archives_in_a_folder_are_read_and_inside_another_are_told(here):
+    Path("d").mkdir()
+    with tarfile.open("d/a.tar.gz", "w:gz") as archive:
+        info = tarfile.TarInfo("a.jsonl")
+        raw = jsonl(SHAPES["prompt"]).encode()
+        info.size = len(raw)
+        archive.addfile(info, io.BytesIO(raw))
+    assert said("d") == TURNS
+    with zipfile.ZipFile("f.zip", "w") as archive:
+        archive.writestr("dentro.zip", b"PK\x03\x04")
+    assert fails("DATA-18", "f.zip")["suffix"] == ".zip"
+
+
+def test_a_pipe_is_read_once_and_a_device_is_not(here):
+    import os
+    import threading
+
+    os.mkfifo("tubo")
+    raw = jsonl(SHAPES["prompt"]).encode()
+    writer = threading.Thread(target=lambda: Path("tubo").write_bytes(raw))
+    writer.start()
+    assert said("tubo") == TURNS and said("tubo") == TURNS
+    writer.join()
+    fails("DATA-01", "/dev/zero")
+    for name in ("a" * 300, "~nadie123/x"):
+        fails("DATA-01", name)
+
+
+def test_lines_are_those_an_editor_counts(here):
+    Path("f.txt").write_text("\n\n\nUno\u2028dos\fTres\n", "utf-8")
+    (item,) = open_source(Source(path="f.txt"))
+    assert item.meta["line"] == 4
+    Path("g.txt").write_text("a\fb\u2028c\nd\nel niÃ±o\n", "utf-8")
+    assert fails("DATA-11", "g.txt")["line"] == 3
+
+
+def test_a_book_is_divided_at_its_end(here):
+    from maese.text.convert import divide
+
+    Path("libro.txt").write_text("".join(f"Línea {i}.\n" for i in range(100)), "utf-8")
+    assert divide(Source(path="libro.txt"), 0.1, None, (Path("a.jsonl"), Path("b.jsonl"))) == (1, 1)
+    assert "Línea 99." in Path("b.jsonl").read_text("utf-8") and "Línea 99." not in Path("a.jsonl").read_text("utf-8")

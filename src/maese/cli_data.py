@@ -12,8 +12,8 @@ from maese.spoken import Group
 
 PATH = click.Path(path_type=Path)
 MENDED = (
-    "encoding", "mojibake", "bom", "control", "not_nfc", "surrogate", "roles", "bad_json", "keys", "not_text", "empty_turn",
-    "empty_user", "empty_text", "one_sided", "exact_duplicate",
+    "encoding", "mojibake", "bom", "control", "not_nfc", "surrogate", "roles", "bad_json", "keys", "not_text",
+    "empty_turn", "empty_user", "empty_text", "one_sided", "exact_duplicate",
 )  # fmt: skip
 COLUMNS = ("prompt", "completion", "instruction", "input", "output", "system", "messages", "text")
 
@@ -117,14 +117,21 @@ def data_check(ctx: click.Context, path: str | None, near: bool, html: Path | No
     from maese.tokens.check import check
 
     audits = [check(source, chosen.data, found, chosen.eval.prompts, near) for source in sources]
-    for audit in audits:
-        show_audit(audit, **ctx.obj)
+    if ctx.obj["json"] and len(audits) > 1:
+        import json
+
+        click.echo(json.dumps([audit.json() for audit in audits], ensure_ascii=False))
+    else:
+        for audit in audits:
+            show_audit(audit, **ctx.obj)
     if html:
         from maese.report.views.doctor import doctor_html
         from maese.run import write_whole
 
-        write_whole(html, doctor_html(audits[0]))
-        terminal.talk(say("data.page", path=str(html)), **ctx.obj)
+        for i, audit in enumerate(audits):
+            page = html.with_stem(f"{html.stem}-{i + 1}") if len(audits) > 1 else html
+            write_whole(page, doctor_html(audit))
+            terminal.talk(say("data.page", path=str(page)), **ctx.obj)
     if any(audit.of("error") for audit in audits):
         raise click.exceptions.Exit(1)
 
@@ -194,6 +201,15 @@ def data_fix(ctx: click.Context, path: str, output: Path | None, only: tuple[str
     show_mended(done, **ctx.obj)
 
 
+def _stem(path: str) -> Path:
+    """The name without what says how it is written: `_stem("a/b.messages.jsonl.gz")` is `a/b.messages`."""
+    place = Path("stdin" if path == "-" else path)
+    place = place if place.name else place.resolve()
+    while place.suffix.lower() in (".gz", ".zst", ".bz2", ".xz", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt"):
+        place = place.with_suffix("")
+    return place
+
+
 def _result(ctx: click.Context, *paths: Path, **facts: Any) -> None:
     """What was written: one path a line, or everything that is known of it as JSON."""
     if ctx.obj["json"]:
@@ -220,7 +236,7 @@ def data_convert(ctx: click.Context, path: str, output: Path | None, **columns: 
     from maese import terminal
     from maese.text.convert import convert
 
-    target = output or Path(path).with_name(f"{Path(path).name.split('.')[0]}.messages.jsonl")
+    target = output or Path(f"{_stem(path)}.messages.jsonl")
     count = convert(_source(path, columns), target)
     _result(ctx, target, rows=count)
     terminal.talk(say("data.converted", n=count, path=str(target)), **ctx.obj)
@@ -235,7 +251,7 @@ def data_split(ctx: click.Context, path: str, share: float, group: str | None) -
     from maese import terminal
     from maese.text.convert import divide
 
-    stem = Path(path).with_name(Path(path).name.split(".")[0])
+    stem = _stem(path)
     outputs = Path(f"{stem}.train.jsonl"), Path(f"{stem}.validation.jsonl")
     learnt, kept = divide(_source(path, {}), share, group, outputs)
     _result(ctx, *outputs, train=learnt, validation=kept)
@@ -264,8 +280,12 @@ def data_split(ctx: click.Context, path: str, share: float, group: str | None) -
 @click.pass_context
 def data_cluster_plan(ctx: click.Context, paths: tuple[str, ...], script: Path, **given: Any) -> None:
     from maese import terminal
+    from maese.text import streams
     from maese.text.cluster import write_plan
 
+    for path in paths:
+        if given["executor"] == "local" and not any(sign in path for sign in "*?["):
+            streams.locate(path)
     _result(ctx, write_plan(script, list(paths), **given | {"rules": list(given["rules"])}))
     terminal.talk(say("data.planned", path=str(script)), **ctx.obj)
 
@@ -282,7 +302,7 @@ def data_cluster_plan(ctx: click.Context, paths: tuple[str, ...], script: Path, 
     default=None,
     help=say("cli.tokenizer_train.pattern"),
 )
-@click.option("--limit-mb", type=float, metavar="N", help=say("cli.tokenizer_train.limit_mb"))
+@click.option("--limit-mb", type=click.FloatRange(0.001, 1e9), metavar="N", help=say("cli.tokenizer_train.limit_mb"))
 @click.pass_context
 def tokenizer_train(
     ctx: click.Context, paths: tuple[str, ...], size: int, output: Path, pattern: str | None, limit_mb: float | None
@@ -309,6 +329,7 @@ def tokenizer_train(
 @click.pass_context
 def tokenizer_compare(ctx: click.Context, names: tuple[str, ...], path: str | None, png: Path | None) -> None:
     from maese import terminal, terminal_tokens
+    from maese.run import disk
     from maese.tokens import compare
 
     texts = None
@@ -316,9 +337,12 @@ def tokenizer_compare(ctx: click.Context, names: tuple[str, ...], path: str | No
         from maese.recipe import Source
         from maese.text.read import open_source, texts_of
 
-        texts = {Path(path).name: [text for item in open_source(Source(path=path)) for text in texts_of(item)]}
+        whole = (text for item in open_source(Source(path=path)) for text in texts_of(item))
+        texts = {Path(path).name: [text.encode("utf-8", "replace").decode("utf-8") for text in whole]}
     result = compare.compare(names, texts)
     terminal_tokens.show_tables(compare.tables(result), result, **ctx.obj)
     if png:
-        compare.plot(result, png)
+        with disk(png):
+            png.parent.mkdir(parents=True, exist_ok=True)
+            compare.plot(result, png)
         terminal.talk(say("data.page", path=str(png)), **ctx.obj)

@@ -64,7 +64,12 @@ def _each(source: Source) -> Iterator[Item]:
 def divide(source: Source, share: float, group: str | None, outputs: tuple[Path, Path]) -> tuple[int, int]:
     """Write what is learnt and what is kept apart as two files; the side of a row is the one training would give it."""
     train, held = outputs
-    items = [(split.place(item, group), item) for item in open_source(source)]
+    reading = open_source(source)
+    if reading.one_piece:
+        learnt, kept = split.tail([item for item in reading if isinstance(item, Document)], share)
+        counts = _write({train: map(row_of, learnt), held: map(row_of, kept)})
+        return counts[train], counts[held]
+    items = [(split.place(item, group), item) for item in reading]
     cut = split.cut_at(share, min(place for place, _ in items))
     sides = {train: (row_of(x) for p, x in items if p > cut), held: (row_of(x) for p, x in items if p <= cut)}
     counts = _write(sides)

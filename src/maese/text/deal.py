@@ -15,7 +15,7 @@ from typing import Any
 from maese.errors import MaeseError
 from maese.recipe import Data
 from maese.say import has, percent, say
-from maese.text import split, streams
+from maese.text import split
 from maese.text.audit import audit
 from maese.text.convert import row_of
 from maese.text.faults import faults_of
@@ -33,7 +33,7 @@ class Examined:
 
     audit: Audit
     one_piece: bool  # a raw text, whose end is kept apart; else rows, dealt out by their hash
-    cut: float  # up to which place
+    lowest: float  # the lowest place of its rows
 
 
 def examine(reading: Reading, data: Data, prompts: list[str]) -> Examined:
@@ -41,16 +41,18 @@ def examine(reading: Reading, data: Data, prompts: list[str]) -> Examined:
     lowest = [1.0]
 
     def held(item: Item) -> bool:
+        item = reading.cleaned(item)  # the place is that of the text as it will be learnt
         place = split.place(item, data.group)
-        lowest[0] = min(lowest[0], place)
+        if not faults_of(item):
+            lowest[0] = min(lowest[0], place)
         return place <= data.validation
 
-    one_piece = in_one_piece(reading)
+    one_piece = reading.one_piece
     found = audit(reading, held=None if one_piece else held, prompts=prompts)
     whole = {"encoding", "all_equal"} & {finding.kind for finding in found.findings}
     if not found.rows or whole or len(found.faulty) > data.tolerance * found.units:
         _refuse(reading, data, found)
-    return Examined(found, one_piece, split.cut_at(data.validation, lowest[0]))
+    return Examined(found, one_piece, lowest[0])
 
 
 def _refuse(reading: Reading, data: Data, found: Audit) -> None:
@@ -79,25 +81,23 @@ def summary(found: Audit) -> dict[str, Any]:
     return {"path": found.path, "health": found.health, "rows": found.rows, "findings": kinds}
 
 
-def in_one_piece(reading: Reading) -> bool:
-    """Whether a source is one raw text, whose end is kept apart, and not rows that a hash can deal out."""
-    if reading.format != "text" or reading.source.path is None:
-        return False
-    inside = streams.pieces(reading.path)
-    return len(inside) == 1 and inside[0].suffix in streams.TEXTS
-
-
 @dataclass
 class _Dealt:
-    """The good items of several sources, one after another, any number of times; `side` and `copies` are those of the
+    """The good items of several sources, one after another, any number of times; `side` and `weight` are those of the
     item just given, and `out` holds the bad ones met on the way, with their reasons, until somebody takes them."""
 
     readings: list[Reading]
     examined: list[Examined]
     data: Data
     side: str = "train"
-    copies: int = 1
+    weight: float = 1.0
     out: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    @property
+    def cut(self) -> float:
+        """Up to which place rows are kept apart: one for all the sources, or a group could be on both sides."""
+        lowest = min((seen.lowest for seen in self.examined if not seen.one_piece), default=1.0)
+        return split.cut_at(self.data.validation, lowest)
 
     def __iter__(self) -> Iterator[Item]:
         self.out.clear()
@@ -106,15 +106,15 @@ class _Dealt:
             for side, item in self._sided(reading, seen):
                 self.side = side
                 if faults := faults_of(item):
-                    self.out.append((faults[0].kind, {"id": item.id} | row_of(item)))
+                    self.out.append((faults[0].kind, row_of(item) | {"id": item.id}))
                     continue
-                self.copies = _copies(item, reading.source.weight) if self.side == "train" else 1
+                self.weight = reading.source.weight if side == "train" else 1.0
                 yield item
 
     def _sided(self, reading: Reading, seen: Examined) -> Iterator[tuple[str, Item]]:
         if not seen.one_piece:
             for item in reading:
-                apart = bool(self.data.validation) and split.place(item, self.data.group) <= seen.cut
+                apart = bool(self.data.validation) and split.place(item, self.data.group) <= self.cut
                 yield SIDES[apart], item
             return
         documents = [item for item in reading if isinstance(item, Document)]
@@ -125,18 +125,13 @@ class _Dealt:
         self.out.append((problem.code, dict(problem.facts)))
 
 
-def _copies(item: Item, weight: float) -> int:
-    """How many times an item is learnt in an epoch: 2.5 is twice for all and once more for half of them."""
-    return int(weight) + (split.chance(item.id) < weight - int(weight))
-
-
 @dataclass(frozen=True)
 class Parcel:
     """One thing of the flow: an item with its side, or what was left out with its reason."""
 
     side: str = ""
     item: Item | None = None
-    copies: int = 1
+    weight: float = 1.0  # times it is learnt in an epoch
     reason: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -147,9 +142,9 @@ def flow(readings: list[Reading], examined: list[Examined], data: Data) -> Itera
     for item, why in survivors(dealt, list(data.clean), data.dedup == "near", data.dedup != "none"):
         yield from _left_out(dealt)
         if why:
-            yield Parcel(reason=why, facts={"id": item.id} | row_of(item))
-        elif dealt.copies:
-            yield Parcel(dealt.side, item, dealt.copies)
+            yield Parcel(reason=why, facts=row_of(item) | {"id": item.id})
+        else:
+            yield Parcel(dealt.side, item, dealt.weight)
     yield from _left_out(dealt)
 
 

@@ -277,8 +277,11 @@ class _Work:
             else:
                 broken.append(problem)
 
-        for number, row in rows(piece, note):
-            self._row(piece.name, number, json.dumps(row, ensure_ascii=False, default=str), row, set())
+        try:
+            for number, row in rows(piece, note):
+                self._row(piece.name, number, json.dumps(row, ensure_ascii=False, default=str), row, set())
+        except MaeseError as last:  # nothing after it can be read
+            note(last)
         for problem in broken:
             shown = str(problem.facts.get("shown") or problem.facts.get("found") or "")
             self.drop(piece.name, int(str(problem.facts.get("line", 0))), shown, READING.get(problem.code, "keys"))

@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from maese.errors import MaeseError
@@ -22,7 +23,15 @@ from maese.recipe import Source
 from maese.text import streams
 from maese.text.hub import hub_rows
 from maese.text.record import Conversation, Document, Message, Note
-from maese.text.repair import decode, fixed_name, normalise, strip_gutenberg
+from maese.text.repair import (
+    GUTENBERG_END,
+    GUTENBERG_START,
+    MOJIBAKE,
+    decode,
+    fixed_name,
+    normalise,
+    strip_gutenberg,
+)
 from maese.text.rows import BOM, Fault, lines, rows
 from maese.text.shape import item_of, mapped, shape_of, unknown
 
@@ -42,11 +51,13 @@ class Reading:
     format: str
     sha256: str
     size: int
+    stamp: tuple = ()  # sizes and times of its files, taken before the hash: what comes later is another file
     fault: Fault | None = None
     raw: bool = False  # leave every character as it is: for the doctor, who judges them
     items: int = 0
     characters: int = 0
     notes: list[Note] = field(default_factory=list)
+    _seen: Counter[str] = field(default_factory=Counter)
 
     @property
     def path(self) -> str:
@@ -64,23 +75,37 @@ class Reading:
 
     def _counted(self) -> Iterator[Item]:
         self.items = self.characters = 0
-        self._seen: Counter[str] = Counter()
-        before = streams.stamp(self.path) if self.source.path is not None else ()
+        self._seen.clear()
         for item in itertools.islice(self._items(), None if self._limits_itself else self.source.limit):
             self.items += 1
             self.characters += (
                 len(item.text) if isinstance(item, Document) else sum(len(m.content) for m in item.messages)
             )
             yield item
-        if self.source.path is not None and before != streams.stamp(self.path):
+        if self.stamp != _stamp(self.source):
             raise MaeseError("DATA-14", path=self.path)
         if not self.items and self.fault is None:
             raise MaeseError("DATA-05", path=self.path)
         self.notes = [*_once(self.notes), *_tally(self._seen, self.path)]
 
     @property
+    def one_piece(self) -> bool:
+        """Whether it is one raw text, whose end is kept apart, and not rows that a hash can deal out."""
+        if self.format != "text" or self.source.path is None:
+            return False
+        inside = streams.pieces(self.path)
+        return len(inside) == 1 and inside[0].suffix in streams.TEXTS
+
+    @property
     def _limits_itself(self) -> bool:
-        return self.format == "text" and self.source.documents == "file"
+        """Whether `limit` counts the lines of raw texts; else it counts items."""
+        if self.format != "text" or self.source.documents != "file" or self.source.path is None:
+            return False
+        return all(piece.suffix in streams.TEXTS for piece in streams.pieces(self.path))
+
+    def cleaned(self, item: Item) -> Item:
+        """An item as training sees it, when this reading is the doctor's."""
+        return replace(self, raw=False)._clean(item)
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -92,6 +117,7 @@ class Reading:
         if self.source.hub is not None:
             yield from self._from_rows(hub_rows(self.source), self.path)
             return
+        self._room = self.source.limit
         for piece in streams.pieces(self.path):
             if piece.suffix not in streams.TEXTS:
                 yield from self._from_rows(rows(piece, self._meet), piece.name)
@@ -134,7 +160,8 @@ class Reading:
 
     def _raw_text(self, piece: streams.Piece) -> Iterator[Document]:
         """A text as one document, or one a line; `limit` counts lines that say something."""
-        if piece.size > LONGEST_DOCUMENT and self.source.documents == "file" and not self.source.limit:
+        long = piece.packed or piece.size > LONGEST_DOCUMENT  # of a packed one the size is not known
+        if long and self.source.documents == "file" and not self.source.limit:
             yield from self._long_text(piece)
             return
         with piece.open() as stream:
@@ -144,13 +171,29 @@ class Reading:
                 text, notes = decode(stream.read(), piece.name)
         body, notes = strip_gutenberg(text, notes)
         self.notes += notes
-        yield from documents(body, self.source, piece.name, text.count("\n", 0, max(0, text.find(body[:500]))))
+        before = text.count("\n", 0, max(0, text.find(body[:500])))
+        if self._limits_itself and self._room is not None:
+            body, used = first_lines(body, self._room)
+            self._room -= used
+        yield from documents(body, self.source.documents, piece.name, before)
 
     def _long_text(self, piece: streams.Piece) -> Iterator[Document]:
+        with piece.open() as stream:
+            marked = bool(GUTENBERG_START.search(stream.read(2**17).decode("utf-8", errors="replace")))
         with piece.open() as stream:
             part: list[str] = []
             length = start = 0
             for number, line in lines(stream, piece.name, self._meet):
+                if marked:  # up to here it is the licence's header
+                    marked = not GUTENBERG_START.match(line)
+                    continue
+                if GUTENBERG_END.match(line):
+                    break
+                if not self.raw and not line.isascii() and (broken := MOJIBAKE.search(line)):
+                    facts = {"line": number, "count": 1, "sample": line[broken.start() :][:12]}
+                    raise MaeseError("DATA-11", path=piece.name, fixed=fixed_name(piece.name), **facts)
+                if not part and not line.strip():
+                    continue
                 start = start or number
                 part.append(line)
                 length += len(line) + 1
@@ -186,11 +229,20 @@ def open_source(source: Source, format: str = "auto", on_fault: Fault | None = N
         raise of_source(problem, source.name) from None
 
 
+def _stamp(source: Source) -> tuple:
+    """Of a data set that is not a folder here there is nothing to look at."""
+    here = source.path is not None or Path(str(source.hub)).expanduser().is_dir()
+    return streams.stamp(source.name) if here else ()
+
+
 def _opened(source: Source, format: str, on_fault: Fault | None, raw: bool) -> Reading:
+    stamp = _stamp(source)
     if source.hub is not None:
         found = format if format != "auto" else _looked(source, hub_rows(source), source.hub) or "messages"
-        name = hashlib.sha256(f"{source.hub}\0{source.part}".encode()).hexdigest()
-        return Reading(source, found, name, 0, on_fault, raw)
+        folder = Path(source.hub).expanduser()
+        known = streams.sha256(source.hub) if folder.is_dir() else source.hub
+        name = hashlib.sha256(f"{known}\0{source.part}".encode()).hexdigest()
+        return Reading(source, found, name, 0, stamp, on_fault, raw)
     inside = streams.pieces(source.name)
     found = format
     if format == "auto":
@@ -208,7 +260,7 @@ def _opened(source: Source, format: str, on_fault: Fault | None, raw: bool) -> R
             if shape and shape != format and {shape, format} != {"text", "qa"}:
                 raise MaeseError("DATA-26", path=piece.name, format=format, found=shape)
     size = sum(piece.size for piece in inside)
-    return Reading(source, found, streams.sha256(source.name), size, on_fault, raw)
+    return Reading(source, found, streams.sha256(source.name), size, stamp, on_fault, raw)
 
 
 def of_source(problem: MaeseError, path: str) -> MaeseError:
@@ -265,20 +317,27 @@ def letters(item: Item) -> int:
     return sum(map(len, texts_of(item)))
 
 
-def documents(text: str, source: Source, name: str, before: int = 0) -> Iterator[Document]:
-    """A raw text as one document, or one a line; `before` is how many lines of the file came before it."""
-    found = text.split("\n")  # not splitlines: a form feed ends no line, and would shift every number after it
-    if source.limit and source.documents == "file":
-        full = [i for i, line in enumerate(found) if line.strip()]
-        found = found[: full[source.limit - 1] + 1] if len(full) > source.limit else found
-    if source.documents == "file":
-        body = "\n".join(found).strip()
+def first_lines(text: str, limit: int) -> tuple[str, int]:
+    """A text up to the `limit`-th line that says something, and how many such lines it has."""
+    found = text.split("\n")
+    full = [i for i, line in enumerate(found) if line.strip()]
+    if len(full) <= limit:
+        return text, len(full)
+    return "\n".join(found[: full[limit - 1] + 1] if limit else []), limit
+
+
+def documents(text: str, kind: str, name: str, before: int = 0) -> Iterator[Document]:
+    """A raw text as one document (`file`), or one a `line`; `before` is how many lines of the file came before it."""
+    if kind == "file":
+        body = text.lstrip()
+        line = before + 1 + text.count("\n", 0, len(text) - len(body))
         if body:
-            yield Document(body, id=f"{name}#{before + 1}", meta={"line": before + 1})
+            yield Document(body.rstrip(), id=f"{name}#{line}", meta={"line": line})
         return
-    for i, line in enumerate(found, before + 1):
-        if line.strip():
-            yield Document(line.strip(), id=f"{name}#{i}", meta={"line": i})
+    # Not splitlines: a form feed ends no line, and would shift every number after it.
+    for i, line_text in enumerate(text.split("\n"), before + 1):
+        if line_text.strip():
+            yield Document(line_text.strip(), id=f"{name}#{i}", meta={"line": i})
 
 
 def blocks(numbered: Iterable[tuple[int, str]], name: str, fault: Fault) -> Iterator[Conversation]:

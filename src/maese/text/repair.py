@@ -41,7 +41,7 @@ def decode(raw: bytes, path: str) -> tuple[str, list[Note]]:
     except UnicodeDecodeError as problem:
         line = raw.count(b"\n", 0, problem.start) + 1
         raise MaeseError("DATA-02", path=path, encoding=encoding_of(raw), line=line, fixed=fixed_name(path)) from None
-    broken = [i for i, line in enumerate(text.splitlines(), 1) if MOJIBAKE.search(line)]
+    broken = [i for i, line in enumerate(text.split("\n"), 1) if MOJIBAKE.search(line)]
     if broken:
         sample = MOJIBAKE.search(text)
         assert sample is not None
@@ -99,6 +99,7 @@ def fixed_name(path: str) -> str:
 
 def fixed_table(path: str) -> str:
     """The name without compression, and as JSONL what was a table: `fixed_table("a.csv.gz")` is `a.jsonl`."""
-    old = Path(path)
+    old = Path("stdin" if path == "-" else path)
+    old = old if old.name else old.resolve()
     bare = old.with_suffix("") if old.suffix.lower() in (".gz", ".zst", ".bz2", ".xz") else old
     return str(bare.with_suffix(".jsonl") if bare.suffix.lower() in TABLES else bare)

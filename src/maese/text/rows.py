@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
@@ -109,68 +110,117 @@ def _no_row(name: str, line: int, found: Any) -> MaeseError:
 
 
 def _json(piece: Piece, stream: BinaryIO, fault: Fault) -> Iterator[Row]:
-    """An array of objects, objects one after another, or one object that holds the list, read as it comes."""
+    """Arrays of objects, objects one after another, or one object that holds the list, read as they come.
+
+    A broken object on a line of its own is a fault, and the next line is read; inside an array nobody could say where
+    the next one begins, and DATA-04 is raised whatever `fault` would do.
+    """
     decoder = json.JSONDecoder()
-    reader: codecs.IncrementalDecoder = codecs.getincrementaldecoder("utf-8")()
-    buffer, at, line, ended, first, array, closed = "", 0, 1, False, True, False, False
-    found = 0
+    text = _Text(piece, stream, fault)
+    array, found = False, 0
     while True:
-        while at < len(buffer) and buffer[at] in " \t\r\n,\ufeff":
-            line += buffer[at] == "\n"
-            at += 1
-        if first and at < len(buffer):
-            array, first = buffer[at] == "[", False
-            at += array
-            continue
-        if at < len(buffer) and array and not closed and buffer[at] == "]":
-            closed = True
-            at += 1
-            continue
-        if at < len(buffer) and closed:
-            fault(_broken(piece.name, line, buffer[at : at + 60].split("\n", 1)[0], 1))
+        text.skip(" \t\r\n,\ufeff")
+        mark = text.peek()
+        if not mark:
+            if array:
+                raise _broken(piece.name, text.line, "…", 1)
             return
-        if at < len(buffer):
+        if mark == "[" and not array:
+            array = True
+            text.take(1)
+        elif mark == "]" and array:
+            array = False
+            text.take(1)
+        else:
             try:
-                row, end = decoder.raw_decode(buffer, at)
-                if not ended and end == len(buffer) and not isinstance(row, (dict, list)):
-                    raise json.JSONDecodeError("a number may go on", buffer, end)
+                row, size = text.value(decoder)
             except (ValueError, RecursionError) as problem:
-                if ended or len(buffer) - at > LONGEST_LINE:
-                    place = getattr(problem, "pos", at)
-                    before = buffer.rfind("\n", 0, place) + 1
-                    text = buffer[before:].split("\n", 1)[0]
-                    fault(_broken(piece.name, line + buffer.count("\n", at, place), text, place - before + 1))
-                    return
-            else:
-                if not ended and not array and not found and not buffer[end:].strip():
-                    raw = stream.read(CHUNK)  # is this the only object of the file?
-                    ended = not raw
-                    buffer += reader.decode(raw, final=ended)
-                    continue
-                held = _held(row) if not array and not found and not buffer[end:].strip() else None
-                found += 1
-                if held is not None:
-                    yield from enumerate(held, 1)
-                elif isinstance(row, dict):
-                    yield line, row
-                else:
-                    fault(_no_row(piece.name, line, row))
-                line += buffer.count("\n", at, end)
-                at = end
+                broken = text.broken(getattr(problem, "pos", text.at))
+                if array:
+                    raise broken from None
+                fault(broken)
+                text.next_line()
                 continue
-        elif ended:
-            if array and not closed:
-                fault(_broken(piece.name, line, "…", 1))
-            return
-        # What is left is kept, and as much again is read: a long row costs its length, not its square.
-        raw = stream.read(max(CHUNK, len(buffer) - at))
-        ended = not raw
+            line = text.line
+            text.take(size)
+            held = _held(row) if not array and not found and text.ended_after() else None
+            found += 1
+            if held is not None:
+                yield from enumerate(held, 1)
+            elif isinstance(row, dict):
+                yield line, row
+            else:
+                fault(_no_row(piece.name, line, row))
+
+
+class _Text:
+    """A stream of text looked at a piece at a time, with the line where it is."""
+
+    def __init__(self, piece: Piece, stream: BinaryIO, fault: Fault) -> None:
+        self.piece, self.stream, self.fault = piece, stream, fault
+        self.reader: codecs.IncrementalDecoder = codecs.getincrementaldecoder("utf-8")()
+        self.buffer, self.at, self.line, self.ended = "", 0, 1, False
+
+    def more(self) -> bool:
+        """What is left is kept, and as much again is read: a long row costs its length, not its square."""
+        if self.ended:
+            return False
+        raw = self.stream.read(max(CHUNK, len(self.buffer) - self.at))
+        self.ended = not raw
         try:
-            buffer, at = buffer[at:] + reader.decode(raw, final=ended), 0
+            new = self.reader.decode(raw, final=self.ended)
         except UnicodeDecodeError:
-            fault(_encoding(piece.name, raw, line))
-            reader = codecs.getincrementaldecoder(encoding_of(raw))(errors="replace")
-            buffer, at = buffer[at:] + reader.decode(raw, final=ended), 0
+            self.fault(_encoding(self.piece.name, raw, self.line))
+            self.reader = codecs.getincrementaldecoder(encoding_of(raw))(errors="replace")
+            new = self.reader.decode(raw, final=self.ended)
+        self.buffer, self.at = self.buffer[self.at :] + new, 0
+        return True
+
+    def peek(self) -> str:
+        while self.at >= len(self.buffer) and self.more():
+            pass
+        return self.buffer[self.at : self.at + 1]
+
+    def take(self, size: int) -> None:
+        self.line += self.buffer.count("\n", self.at, self.at + size)
+        self.at += size
+
+    def skip(self, letters: str) -> None:
+        while (letter := self.peek()) and letter in letters:
+            self.take(1)
+
+    def next_line(self) -> None:
+        while (end := self.buffer.find("\n", self.at)) < 0 and self.more():
+            pass
+        self.take((end if end >= 0 else len(self.buffer)) - self.at)
+
+    def value(self, decoder: json.JSONDecoder) -> tuple[Any, int]:
+        """The JSON value here and its size, reading on while it may only be incomplete."""
+        while True:
+            try:
+                row, end = decoder.raw_decode(self.buffer, self.at)
+                if end < len(self.buffer) or self.ended or isinstance(row, (dict, list)):
+                    return row, end - self.at
+            except (ValueError, RecursionError):
+                if self.ended or len(self.buffer) - self.at > LONGEST_LINE or self._closed():
+                    raise
+            self.more()
+
+    def _closed(self) -> bool:
+        """Whether a broken value on a line of its own is all there: then more text would not mend it."""
+        end = self.buffer.find("\n", self.at)
+        rest = self.buffer[end + 1 : end + 200].lstrip() if end >= 0 else ""
+        return rest.startswith("{")
+
+    def ended_after(self) -> bool:
+        self.skip(" \t\r\n,")
+        return not self.peek()
+
+    def broken(self, place: int) -> MaeseError:
+        start = self.buffer.rfind("\n", 0, place) + 1
+        shown = self.buffer[start:].split("\n", 1)[0]
+        line = self.line + self.buffer.count("\n", self.at, place)
+        return _broken(self.piece.name, line, shown, place - start + 1)
 
 
 def _held(row: Any) -> list[dict[str, Any]] | None:
@@ -197,7 +247,7 @@ def _csv(piece: Piece, numbered: Iterator[tuple[int, str]], fault: Fault) -> Ite
     head = next(source, "")
     mark = "\t" if piece.suffix == ".tsv" else max(",;\t|", key=head.count)
     names = next(csv.reader([head.replace("\r", " ")], delimiter=mark), [])
-    twice = next((name for name in names if names.count(name) > 1), None)
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:
         fault(MaeseError("DATA-25", path=piece.name, column=twice))
         return
@@ -207,12 +257,15 @@ def _csv(piece: Piece, numbered: Iterator[tuple[int, str]], fault: Fault) -> Ite
         start = last + 1
         try:
             cells = next(reader, None)
-        except csv.Error:
-            fault(MaeseError("DATA-19", path=piece.name, line=start, found="…", expected=len(names)))
+        except csv.Error as problem:
+            broken = MaeseError("DATA-19", path=piece.name, line=start, found="…", expected=len(names))
+            if "end of data" in str(problem):  # a quote never closed has swallowed all that came after it
+                raise broken from None
+            fault(broken)
             continue
         if cells is None:
             return
-        if not any(cells):
+        if not cells:  # a blank line
             continue
         if len(cells) != len(names):
             fault(MaeseError("DATA-19", path=piece.name, line=start, found=len(cells), expected=len(names)))

@@ -119,7 +119,7 @@ def _turns(value: Any, path: str, line: int) -> tuple[Message, ...]:
 
 
 def _text(value: Any, name: str, path: str, line: int) -> str:
-    if value is None:
+    if value is None or value != value:  # NaN is how tables write nothing
         return ""
     if isinstance(value, str):
         return value

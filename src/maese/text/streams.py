@@ -44,16 +44,23 @@ class Piece:
     suffix: str
     size: int
     open: Callable[[], Any]  # a context manager that gives a binary stream
+    packed: bool = False  # its size is that of the packed bytes
 
 
 def locate(path: str) -> Path:
     """The file or folder itself: from here, or among what travels with maese. DATA-01 proposes the nearest name."""
     if path == "-":
         return piped()
-    for candidate in (Path(path).expanduser(), shipped(path)):
-        if candidate.exists():
-            return candidate
-    folder = Path(path).expanduser().parent
+    try:
+        place = Path(path).expanduser()
+        for candidate in (place, shipped(path)):
+            if candidate.is_fifo():
+                return piped(str(candidate))
+            if candidate.is_file() or candidate.is_dir():
+                return candidate
+    except (OSError, RuntimeError, ValueError):  # a name too long, a home of nobody, a NUL
+        place = Path()
+    folder = place.parent
     names = [p.name for p in folder.iterdir() if p.is_file()] if folder.is_dir() else []
     near = difflib.get_close_matches(Path(path).name, names, n=1, cutoff=0.4)
     nearest = str(folder / near[0]) if near else "data/quijote_muestra.txt"
@@ -61,11 +68,15 @@ def locate(path: str) -> Path:
 
 
 @functools.cache
-def piped() -> Path:
-    """What comes through standard input, kept in a file: data are looked at before they are learnt from."""
+def piped(path: str = "-") -> Path:
+    """What comes through a pipe, kept in a file: data are looked at before they are learnt from."""
     place = tempfile.NamedTemporaryFile(prefix="maese-", delete=False)  # noqa: SIM115
     with place:
-        shutil.copyfileobj(sys.stdin.buffer, place)
+        if path == "-":
+            shutil.copyfileobj(sys.stdin.buffer, place)
+        else:
+            with open(path, "rb") as pipe:
+                shutil.copyfileobj(pipe, place)
     return Path(place.name)
 
 
@@ -76,7 +87,7 @@ def pieces(path: str) -> list[Piece]:
     if not place.is_dir():
         return list(_inside(_file(place, path)))
     found = [p for p in sorted(place.rglob("*")) if p.is_file() and not p.name.startswith(".")]
-    known = [p for p in found if suffix_of(p.name) in (*ROWS, *TEXTS) or p.suffix.lower() in ARCHIVES]
+    known = [p for p in found if suffix_of(p.name) in (*ROWS, *TEXTS, *ARCHIVES) or p.suffix.lower() in ARCHIVES]
     if not known:
         for p in found:
             if p.name.lower().endswith(NOT_TEXT):
@@ -129,7 +140,7 @@ def _inside(piece: Piece, packed: bool = False) -> Iterator[Piece]:
     elif kind in PACKED or lower.endswith(NOT_TEXT):
         raise MaeseError("DATA-18", path=piece.name, suffix=PurePosixPath(lower).suffix)
     else:
-        yield Piece(piece.name, kind or _shape(piece.suffix, head), piece.size, piece.open)
+        yield Piece(piece.name, kind or _shape(piece.suffix, head), piece.size, piece.open, packed)
 
 
 def _shape(suffix: str, head: bytes) -> str:
@@ -272,6 +283,8 @@ def _members(piece: Piece, members: list[tuple[str, int]], member: Callable[[str
         path = PurePosixPath(name.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts or path.drive:
             raise MaeseError("DATA-17", path=piece.name, member=name)
+        if path.suffix.lower() in ARCHIVES or suffix_of(name) in ARCHIVES:  # whoever nests them can take them out
+            raise MaeseError("DATA-18", path=f"{piece.name}/{name}", suffix=path.suffix.lower())
         if path.name.startswith(".") or suffix_of(name) not in (*ROWS, *TEXTS):
             continue
         yield from _inside(Piece(f"{piece.name}/{name}", path.suffix, size, functools.partial(member, name)))

@@ -14,7 +14,6 @@ from maese.errors import MaeseError
 from maese.recipe import Data, Source
 from maese.text import split
 from maese.text.audit import audit
-from maese.text.deal import in_one_piece
 from maese.text.findings import Audit
 from maese.text.read import Item, open_source
 from maese.tokens.encode import encoder_of
@@ -42,7 +41,7 @@ def check(
         lengths=lambda items: list(renderer.render_many(items, data.loss)),
         limit=data.max_length,
         too_long="split" if reading.kind == "text" and data.too_long != "drop" else data.too_long,
-        held=None if in_one_piece(reading) or not data.validation else held,
+        held=None if reading.one_piece or not data.validation else held,
         prompts=list(prompts),
         near=near,
         specials=list(tokenizer.all_special_tokens),

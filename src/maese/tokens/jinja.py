@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 FIRST = 0x100000  # one private character a turn; transformers keeps those of the plane before for itself
 STAND_INS = re.compile("[\U00100000-\U0010fffd]")
 STEPS = 400_000  # lines of a template run in one rendering: a long chat takes some thousands
+SECONDS = 5  # that one rendering may take: a long chat takes some hundredths
 ROOM = 2**28  # bytes of memory it may take
 LARGEST = 100_000  # characters of a template, and the largest number it may write
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -100,9 +102,13 @@ class Jinja:
             tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(bare)
         except TemplateSyntaxError as problem:
             raise self._fault("syntax", problem, line=problem.lineno) from problem
+        except (RecursionError, ValueError) as problem:  # nested without end, or a number of thousands of digits
+            raise self._fault("large", limit=LARGEST) from problem
         constants = [node.value for node in tree.find_all(nodes.Const)]
-        numbers = [int(digits) for value in constants for digits in re.findall(r"\d{6,}", str(value))]
-        if tree.find(nodes.Pow) or any(number > LARGEST for number in numbers):
+        texts_of = [str(value) if not isinstance(value, int) else f"{value % 10**9}" for value in constants]
+        huge = any(isinstance(value, int) and value > LARGEST for value in constants)
+        numbers = [int(digits[:9]) for value in texts_of for digits in re.findall(r"\d{6,}", value)]
+        if huge or tree.find(nodes.Pow) or any(number > LARGEST for number in numbers):
             raise self._fault("large", limit=LARGEST)
         texts = {c.strip() for c in constants if isinstance(c, str) and re.search(r"[^\w\s]", c)}
         return re.compile("|".join(re.escape(text) for text in sorted(texts) if len(text) > 1) or "(?!)")
@@ -228,7 +234,7 @@ class Bounded:
     takes at most ROOM bytes more than there were, then MemoryError. Other code is not slowed down."""
 
     def __init__(self, steps: int) -> None:
-        self.left = steps
+        self.left, self.until = steps, time.monotonic() + SECONDS
 
     def __enter__(self) -> None:
         self._before = sys.gettrace()
@@ -246,7 +252,7 @@ class Bounded:
         if frame.f_code.co_filename != "<template>":
             return None
         self.left -= 1
-        if self.left < 0:
+        if self.left < 0 or time.monotonic() > self.until:
             raise EndlessError
         return self._trace
 

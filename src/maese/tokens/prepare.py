@@ -19,7 +19,7 @@ from typing import Any
 
 from maese.errors import MaeseError
 from maese.recipe import Data
-from maese.text import read
+from maese.text import read, split
 from maese.text.convert import row_of
 from maese.text.deal import Examined, Parcel, examine, flow, summary
 from maese.text.read import Reading
@@ -75,9 +75,11 @@ def prepare(
         examined = [examine(reading, data, list(prompts)) for reading in readings]
         return _fill(writer, readings, examined, data, renderer, progress)
 
-    folder = store.cached(store.place(_key(data, readings, tokenizer)), len(tokenizer), fill)
+    folder = store.cached(store.place(_key(data, readings, tokenizer, list(prompts))), len(tokenizer), fill)
     store.prune(KEPT_GIB)
     prepared = _open(folder, data)
+    for source, reading in zip(prepared.facts["sources"], readings, strict=True):
+        source["path"] = reading.path
     if readings[0].kind == "chat":
         prepared.notes.extend(renderer.notes)
     return prepared
@@ -113,12 +115,16 @@ def _count(rows: store.Rows) -> dict[str, int]:
     return {"rows": len(rows), "tokens": rows.tokens, "targets": int(rows.targets.sum())}
 
 
-def _key(data: Data, readings: list[Reading], tokenizer: Any) -> str:
+def _key(data: Data, readings: list[Reading], tokenizer: Any, prompts: list[str]) -> str:
     """What the prepared files depend on, and nothing else: the same words, tokenizer and choices are the same files."""
-    template = Path(data.template)
+    template = Path(data.template).expanduser()
+    choices = data.model_dump() | {"packing": False}
+    for source in choices["sources"]:
+        source["path"] = None  # the same files are the same wherever they are; what they hold is in their hash
     facts = {
         "format": FORMAT,
-        "data": data.model_dump() | {"packing": False},
+        "data": choices,
+        "prompts": prompts,
         "sources": [(reading.format, reading.sha256) for reading in readings],
         "tokenizer": _fingerprint(tokenizer),
         "ends": [tokenizer.bos_token_id, tokenizer.eos_token_id],
@@ -146,7 +152,7 @@ class _Account:
 
     def drop(self, writer: store.Writer, reason: str, facts: dict[str, Any]) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
-        writer.drop({"reason": reason} | facts)
+        writer.drop(facts | {"reason": reason})
 
 
 def _fill(
@@ -181,14 +187,22 @@ def _write(writer: store.Writer, chosen: list[Parcel], data: Data, renderer: Any
     for parcel, example in zip(kept, renderer.render_many(items, data.loss), strict=True):
         account.rendered += 1
         for settled in _settled(writer, parcel.item, example, data, renderer, account):
-            for _ in range(parcel.copies):
+            for _ in range(copies(settled, parcel.weight)):
                 writer.add(parcel.side, settled)
+
+
+def copies(example: Example, weight: float) -> int:
+    """How many times an example is learnt in an epoch: 2.5 is twice for all and once more for half of them.
+
+    Which half, its ids decide: the same text from another folder falls the same way.
+    """
+    return int(weight) + (split.chance(str(example.ids)) < weight - int(weight))
 
 
 def _settled(
     writer: store.Writer, item: Any, example: Example, data: Data, renderer: Any, account: _Account
 ) -> list[Example]:
-    about = {"id": item.id} | row_of(item)
+    about = row_of(item) | {"id": item.id}
     if not example.targets:
         account.drop(writer, "nothing_to_learn", about)
         return []

@@ -24,7 +24,7 @@ def settle(item: Document | Conversation, example: Example, renderer: Any, data:
         return []
     if isinstance(item, Conversation):
         example = fewer_turns(item, example, renderer, data)
-    cut = truncate(example, data.max_length)
+    cut = truncate(example, data.max_length, renderer.stop_ids)
     return [cut] if cut else []
 
 
@@ -43,15 +43,20 @@ def pieces(example: Example, limit: int, stride: int) -> list[Example]:
     return found
 
 
-def truncate(example: Example, limit: int) -> Example | None:
-    """The first `limit` tokens, the last of them the one that ended the answer; None when no answer would be left."""
+def truncate(example: Example, limit: int, stop_ids: frozenset[int]) -> Example | None:
+    """The first `limit` tokens, the last of them one that ends an answer; None when no answer would be left.
+
+    Where the cut falls in what is only read, the example ends with the last whole answer before it.
+    """
     if len(example) <= limit:
         return example
-    last = max(i for i, learnt in enumerate(example.mask) if learnt)
-    kept = example.mask[: limit - 1]
-    if not any(kept):
-        return None  # the question alone fills the row: only its end would be learnt, in the middle of a word
-    return Example([*example.ids[: limit - 1], example.ids[last]], [*kept, example.mask[last]], example.id)
+    ends = [i for i, learnt in enumerate(example.mask) if learnt and example.ids[i] in stop_ids]
+    if example.mask[limit - 2] and example.mask[limit - 1] and ends:
+        kept = example.mask[: limit - 1]
+        return Example([*example.ids[: limit - 1], example.ids[ends[-1]]], [*kept, 1], example.id)
+    whole = [i for i in ends if i < limit]
+    # The question alone fills the row: only its end would be learnt, in the middle of a word.
+    return Example(example.ids[: whole[-1] + 1], example.mask[: whole[-1] + 1], example.id) if whole else None
 
 
 def fewer_turns(item: Conversation, example: Example, renderer: Any, data: Data) -> Example:
