@@ -223,26 +223,84 @@ def test_the_python_interface(recipe, here):
     assert again.final.is_dir()
 
 
-def test_nan_never_reaches_the_weights(recipe, monkeypatch):
+@pytest.fixture
+def poison(monkeypatch):
+    """`poison({4, 5})`: the loss of those steps is no number."""
     from maese.train import loop
 
-    real, calls = loop.loss_sum, []
+    real = loop._passes
 
-    def poisoned(model, batch):
-        calls.append(1)
-        return real(model, batch) * (float("nan") if len(calls) == 7 else 1.0)
+    def put(steps):
+        def poisoned(session, groups, weight):
+            total = real(session, groups, weight)
+            if session.state.step + 1 not in steps:
+                return total
+            for parameter in session.model.parameters():
+                parameter.grad.fill_(float("nan"))
+            return float("nan")
 
-    monkeypatch.setattr(loop, "loss_sum", poisoned)
+        monkeypatch.setattr(loop, "_passes", poisoned)
+
+    return put
+
+
+def test_one_step_without_a_number_is_not_applied_and_is_told(recipe, poison):
+    poison({4})
+    run = train(recipe("output=nan"))
+    told = [e for e in run.history() if e["type"] == "warning" and e["code"] == "NUM-05"]
+    assert [e["step"] for e in told] == [4] and run.read("state.json")["status"] == "finished"
+    assert [e["step"] for e in run.history() if e["type"] == "step"] == [1, 2, 3, 5, 6]
+
+
+def test_nan_never_reaches_the_weights(recipe, poison):
+    poison({4, 5, 6})
     with pytest.raises(MaeseError) as problem:
         train(recipe("output=nan", "train.save_every=1"))
     assert problem.value.code == "NUM-01"
     run = Run("nan")
     assert run.read("state.json")["status"] == "error"
-    path, manifest, _ = checkpoint.newest(run.checkpoints)
-    assert manifest["step"] == 3
     from safetensors.torch import load_file
 
-    assert all(bool(t.isfinite().all()) for t in load_file(path / "model.safetensors").values())
+    three, five = (load_file(run.checkpoints / f"step-{n:06d}" / "model.safetensors") for n in (4, 5))
+    assert all(bool(t.isfinite().all()) and bool((t == five[name]).all()) for name, t in three.items())
+
+
+def test_a_recipe_changed_by_hand_is_refused_on_resume(recipe):
+    def stop_at_3(event):
+        if event["type"] == "step" and event["step"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        train(recipe("output=cut"), watch=stop_at_3)
+    path = Run("cut").path / "recipe.yaml"
+    path.write_text(path.read_text("utf-8").replace("lr: 0.001", "lr: 0.002"), "utf-8")
+    with pytest.raises(MaeseError) as problem:
+        resume(Run("cut"))
+    assert problem.value.code == "RESUME-01" and "train.lr" in problem.value.facts["path"]
+    path.write_text(
+        path.read_text("utf-8").replace("lr: 0.002", "lr: 0.001").replace("save_every: 2", "save_every: 3"), "utf-8"
+    )
+    assert resume(Run("cut")).final.is_dir()
+
+
+def test_rows_of_like_length_together_are_the_same_step(recipe, questions, tiny_llama):
+    """The weights of a step do not depend on which rows went through the model together (but for dropout's draws)."""
+    from safetensors.torch import load_file
+
+    from maese.train import loop
+
+    changes = (
+        "data.sources=[{path: preguntas.txt}]", "data.format=qa", "data.max_length=128", "data.too_long=error",
+        f"base={tiny_llama}", "train.max_steps=3", "train.micro_batch=4", "train.accumulation=2", "eval.prompts=[]",
+    )  # fmt: skip
+    grouped = load_file(train(recipe("output=juntas", *changes)).final / "model.safetensors")
+    before = loop.by_length
+    loop.by_length = lambda rows, lengths, room: [[row] for row in rows]
+    try:
+        alone = load_file(train(recipe("output=solas", *changes)).final / "model.safetensors")
+    finally:
+        loop.by_length = before
+    assert max(float((grouped[name] - alone[name]).abs().max()) for name in grouped) < 1e-5
 
 
 def test_damaged_checkpoint_is_refused_aloud_and_the_one_before_used(recipe):

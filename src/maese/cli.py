@@ -147,12 +147,19 @@ def train(ctx: click.Context, recipe: str, changes: tuple[str, ...], dry_run: bo
 
 @cli.command(help=say("cli.resume.help"))
 @click.argument("run", metavar=say("cli.metavar.run"))
+@click.option("--verify", is_flag=True, help=say("cli.resume.verify"))
 @click.pass_context
-def resume(ctx: click.Context, run: str) -> None:
+def resume(ctx: click.Context, run: str, verify: bool) -> None:
     from maese import run as runs
     from maese import terminal
 
     found = runs.find(run)
+    if verify:
+        from maese.train.verify import verify as repeat
+
+        done = repeat(found)
+        terminal.verified(done, **ctx.obj)
+        raise click.exceptions.Exit(0 if done.same else 1)
     from maese.train.loop import resume as go_on
 
     watch = terminal.watcher(**ctx.obj)

@@ -93,12 +93,14 @@ class Train(Strict):
     accumulation: Count = 4  # micro-batches before the weights move
     lr: Annotated[float, Field(strict=True, gt=0, le=10)] = 1e-4
     weight_decay: Annotated[float, Field(strict=True, ge=0)] = 0.01
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    optimizer: Literal["adamw", "muon", "adamw8bit", "paged"] = "adamw"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup: Share = 0.05  # share of the steps
     clip: Annotated[float, Field(strict=True, gt=0)] = 1.0  # largest norm of the gradient
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gradient_checkpointing: bool = False
+    memory_gib: Annotated[float, Field(strict=True, gt=0)] | None = None  # no more than this is taken
     save_every: Count = 200  # steps between checkpoints
     keep: Count = 2  # checkpoints kept
     patience: Annotated[int, Field(strict=True, ge=0)] = (

@@ -73,6 +73,22 @@ def comparison(result: dict[str, Any], json: bool = False, quiet: int = 0) -> No
     talk("\n" + say("compare.proof", difference=number(result["max_logit_difference"], 2)), quiet=quiet)
 
 
+def verified(done: Any, json: bool = False, quiet: int = 0) -> None:
+    """Whether steps done again came out as they were."""
+    if json:
+        from dataclasses import asdict
+
+        sys.stdout.write(jsons.dumps(asdict(done) | {"same": done.same}, ensure_ascii=False) + "\n")
+        return
+    facts = {"first": done.first, "last": done.last}
+    if done.same:
+        sys.stdout.write(say("resume.same", **facts) + "\n")
+        return
+    largest = max(done.weights.values(), default=0.0)
+    counts = {"losses": len(done.losses), "weights": len(done.weights), "largest": f"{largest:.1e}"}
+    sys.stdout.write(say("resume.differ", **facts, **counts) + "\n")
+
+
 def demo_verdict(run: Run, json: bool = False, quiet: int = 0) -> None:
     """The one figure of the demo: how much better the model now finds text of the book it has not read."""
     validations = [e for e in run.history() if e["type"] == "validation"]

@@ -14,15 +14,23 @@ def loss_sum(model: Any, batch: dict[str, Any]) -> Any:
     """Cross-entropy of one micro-batch (B, T), summed over its targets in fp32; divide by their count for the mean.
 
     The sum and not the mean, because rows of unequal length make a mean of means something else. The batch is padded
-    (`collate`) or packed (`collate_packed`): the model is told what it has, an attention_mask or position_ids.
+    (`collate`) or packed (`collate_packed`): the model is told what it has, an attention_mask or position_ids. Only
+    the positions that are learnt meet the head, a few at a time (`model.head`), where the model has a plain one.
     """
     import torch.nn.functional as F
 
+    from maese.model.head import head_of, hidden_states
+
     seen = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    logits_BTV = model(**seen, use_cache=False).logits
     targets = batch["labels"][:, 1:]
     kept = targets != IGNORED
-    # Only the positions that are learnt reach the softmax: for a question file they are the fewest.
+    if head := head_of(model):
+        hidden_BTD, rest = hidden_states(model, head, seen)
+        if hidden_BTD is not None:
+            return head.loss(hidden_BTD[:, :-1][kept], targets[kept], rest)
+        logits_BTV = rest
+    else:
+        logits_BTV = model(**seen, use_cache=False).logits
     return F.cross_entropy(logits_BTV[:, :-1][kept].float(), targets[kept], reduction="sum")
 
 

@@ -82,6 +82,23 @@ def _steps(
         yield [chosen[i : i + micro_batch] for i in range(0, len(chosen), micro_batch)]
 
 
+def by_length(rows: Sequence[int], lengths: Sequence[int] | np.ndarray, room: int) -> list[list[int]]:
+    """The rows of one step in groups that go through the model together, like with like so that little is padded.
+
+    A group of n rows takes n times its longest, rounded up to MULTIPLE; that is `room` tokens at most, or one row.
+    Which rows a step learns from, and so its gradient, is not changed by how they are grouped:
+    `by_length([0, 1, 2], [9, 2, 3], 16)` is `[[0], [2, 1]]`.
+    """
+    groups: list[list[int]] = []
+    wide = 0
+    for row in sorted(rows, key=lambda row: -int(lengths[row])):  # stable: equal lengths keep the step's order
+        if not groups or (len(groups[-1]) + 1) * wide > room:
+            groups.append([])
+            wide = math.ceil(int(lengths[row]) / MULTIPLE) * MULTIPLE
+        groups[-1].append(row)
+    return groups
+
+
 def collate(examples: list[Example], pad: int) -> dict[str, Any]:
     """Rows of one micro-batch as tensors (B, T): input_ids, attention_mask, labels.
 

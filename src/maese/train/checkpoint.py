@@ -1,6 +1,6 @@
 """Checkpoints: whole or not there at all, checked by hash, and enough to go on bit for bit.
 
-    checkpoints/best-000150/   model.safetensors
+    checkpoints/best-000150/   model.safetensors  MANIFEST.json
     checkpoints/step-000200/   model.safetensors  optimizer.safetensors  rng.safetensors  MANIFEST.json
 
 Written to a folder beside it, every file forced to the disk, the manifest last, then renamed in one move. A crash at
@@ -12,44 +12,112 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+from maese import recipe as recipes
 from maese.errors import MaeseError
 from maese.run import disk, sync
+from maese.train.guard import rng_state, set_rng_state, truth
 
 MANIFEST = "MANIFEST.json"
+MARGIN = 64 << 20  # bytes left free beside what is written: events, the report, other programs
+
+# What a resumed run may have otherwise than before: it changes when things are told or kept, and not what is learnt.
+# The base and the texts are known by their content, wherever they lie now.
+FREE = re.compile(
+    r"name|output|base|data\.sources\.\d+\.path|(eval|generate)\..+"
+    r"|train\.(save_every|keep|device|memory_gib|patience|final|gradient_checkpointing|micro_batch|accumulation)"
+)
 
 
-def save(folder: Path, step: int, model: Any, optimizer: Any, state: dict[str, Any], keep: int) -> Path:
-    """Write the checkpoint of a step and let go of those beyond `keep`. Error: DISK-01, with nothing half written."""
-    final = folder / f"step-{step:06d}"
-    draft = folder / f"{final.name}.tmp-{os.getpid()}"
+def save(
+    folder: Path,
+    step: int,
+    model: Any,
+    optimizer: Any,
+    state: dict[str, Any],
+    keep: int,
+    *,
+    recipe: dict[str, Any] | None = None,
+    scaler: Any = None,
+    spare: Collection[int] = (),
+) -> Path:
+    """Write the checkpoint of a step and let go of those beyond `keep`, but for the steps in `spare`.
+
+    `recipe` is what `refusals` will ask for; `scaler` that of fp16. Errors: DISK-01, DISK-02, DISK-03 (it would not
+    fit), DISK-04 (the run folder is gone), each with nothing half written.
+    """
+    if not folder.parent.is_dir():  # to make it again would hide that the run has lost everything else
+        raise MaeseError("DISK-04", path=str(folder.parent))
+    tensors = {
+        "model": trainable(model, optimizer),
+        "optimizer": optimizer_tensors(model, optimizer),
+        "rng": rng_state(),
+    }
+    facts = {"step": step, "state": state, "recipe": recipe, "scaler": scaler.state_dict() if scaler else None}
+    final = _put(folder, f"step-{step:06d}", tensors, facts)
+    # What is damaged is not counted, or it would push out one that is whole.
+    for old in [path for path in saved(folder) if intact(path)][:-keep]:
+        if int(old.name[5:]) not in spare:
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _put(folder: Path, name: str, tensors: dict[str, dict[str, Any]], facts: dict[str, Any]) -> Path:
+    """Write a folder of tensors with its manifest, whole or not at all."""
+    final, tag = folder / name, os.getpid()
+    draft, aside = folder / f"{name}.tmp-{tag}", folder / f"{name}.old-{tag}"
+    room(folder, sum(_bytes(content.values()) for content in tensors.values()))
     with disk(folder):
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         try:
-            _write(draft / "model.safetensors", trainable(model))
-            _write(draft / "optimizer.safetensors", optimizer_tensors(model, optimizer))
-            _write(draft / "rng.safetensors", rng_tensors())
+            for file, content in tensors.items():
+                _write(draft / f"{file}.safetensors", content)
             files = {p.name: {"sha256": _sha256(p), "bytes": p.stat().st_size} for p in sorted(draft.iterdir())}
-            manifest = {"step": step, "state": state, "files": files}
-            with open(draft / MANIFEST, "w", encoding="utf-8") as out:
-                json.dump(manifest, out, indent=1)
-                out.flush()
-                os.fsync(out.fileno())
+            manifest = facts | {"files": files}
+            manifest["seal"] = _seal(manifest)
+            (draft / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            sync(draft / MANIFEST)
             sync(draft)
             if final.exists():
-                shutil.rmtree(final)
+                os.replace(final, aside)
             os.replace(draft, final)
             sync(folder)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
+            if aside.exists() and not final.exists():
+                os.replace(aside, final)
             raise
-    for old in saved(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
     return final
+
+
+def room(folder: Path, size: int) -> None:
+    """DISK-03 unless twice `size` bytes and a margin are free: the old ones go only after the new one is whole.
+
+    Before step 1, `room(run.checkpoints, weight(model, optimizer))` refuses a run that could not be saved.
+    """
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free, needed = shutil.disk_usage(existing).free, 2 * size + MARGIN
+    if free < needed:
+        raise MaeseError("DISK-03", path=str(folder), needed=needed / 2**30, free=free / 2**30)
+
+
+def weight(model: Any, optimizer: Any) -> int:
+    """Bytes of a checkpoint; before the first step AdamW's two moments are counted, which are not there yet."""
+    trained = [truth(optimizer, p) for p in model.parameters() if p.requires_grad]
+    states = [v for p in trained for v in optimizer.state.get(p, {}).values()]
+    weights = _bytes(trained)
+    return weights + max(_bytes(states), 2 * weights)
+
+
+def _bytes(tensors: Iterable[Any]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def saved(folder: Path) -> list[Path]:
@@ -59,7 +127,13 @@ def saved(folder: Path) -> list[Path]:
 
 def sweep(folder: Path) -> None:
     """Remove what a process that died in the middle of a save left half written."""
-    for path in (*folder.rglob("*.tmp-*"), *folder.glob("*.old-*")):
+    for path in folder.glob("*.old-*"):
+        final = path.with_name(path.name.partition(".old-")[0])
+        if final.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:  # it died between two renames: this is the last one that is whole
+            os.replace(path, final)
+    for path in folder.rglob("*.tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -72,40 +146,94 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any], list[tuple[str, str]]]:
     for path in reversed(saved(folder)):
         wrong = damage(path)
         if wrong is None:
-            return path, json.loads((path / MANIFEST).read_text("utf-8")), refused
+            return path, manifest_of(path), refused
         refused.append((path.name, wrong))
     raise MaeseError("RESUME-02", folder=str(folder), refused=", ".join(f"{n} ({w})" for n, w in refused) or "—")
 
 
-def damage(path: Path) -> str | None:
-    """The first file of a checkpoint that is not as it was written, or None."""
+def manifest_of(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint. Errors: OSError and ValueError where it is not as it was written."""
+    manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+    if not isinstance(manifest, dict) or manifest.pop("seal", None) != _seal(manifest):
+        raise ValueError(MANIFEST)
+    return manifest
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    """The hash of what a manifest says: a flipped bit in it may be a number as good as the one before."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def intact(path: Path) -> bool:
+    """Whether a checkpoint looks whole, by its manifest and the sizes of its files; `damage` reads them through."""
     try:
-        files = json.loads((path / MANIFEST).read_text("utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
+        files = manifest_of(path)["files"]
+        return all((path / name).stat().st_size == facts["bytes"] for name, facts in files.items())
+    except (OSError, ValueError):
+        return False
+
+
+def damage(path: Path) -> str | None:
+    """The first file of a checkpoint that is not as it was written, or cannot be read, or None."""
+    try:
+        files = manifest_of(path)["files"]
+    except (OSError, ValueError):
         return MANIFEST
     for name, facts in files.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != facts["bytes"] or _sha256(file) != facts["sha256"]:
+        try:
+            if (path / name).stat().st_size != facts["bytes"] or _sha256(path / name) != facts["sha256"]:
+                return name
+        except OSError:
             return name
     return None
 
 
-def restore(path: Path, model: Any, optimizer: Any) -> None:
-    """Put weights, optimizer and random state back as they were."""
-    import torch
+def refusals(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Dotted keys of two recipes (`model_dump`) that a run cannot be resumed across: `["train.lr", "train.seed"]`.
+
+    What only decides when to look, save or speak may change, and so may the micro-batch while a step has as many rows.
+    A key that one of them does not have yet, being older, has its default.
+    """
+    old, new = _every_key(before), _every_key(now)
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    refused = [key for key in changed if not FREE.fullmatch(key)]
+    one, other = "train.micro_batch", "train.accumulation"
+    if old[one] * old[other] != new[one] * new[other]:
+        refused += [key for key in (one, other) if key in changed]
+    return refused
+
+
+def _every_key(tree: dict[str, Any]) -> dict[str, Any]:
+    """A recipe flat, by dotted key, with the default of what it does not say."""
+    sources = [recipes.fields(recipes.Source) | source for source in tree["data"]["sources"]]
+    return recipes.fields() | _flat(tree | {"data": tree["data"] | {"sources": sources}})
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"train": {"lr": 1}, "x": [2]}` as `{"train.lr": 1, "x.0": 2}`."""
+    below = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else None
+    if below is None:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in below:
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def restore(path: Path, model: Any, optimizer: Any, scaler: Any = None) -> None:
+    """Put weights, optimizer, random state and the fp16 scaler back as they were."""
     from safetensors.torch import load_file
 
-    load_weights(path, model)
+    load_weights(path, model, optimizer)
     tensors = load_file(path / "optimizer.safetensors")
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             found = {k.rsplit("|", 1)[1]: v for k, v in tensors.items() if k.rsplit("|", 1)[0] == name}
             # The count of steps stays where the fused kernel wants it, beside the parameter.
-            optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in found.items()}
-    rng = load_file(path / "rng.safetensors")
-    torch.set_rng_state(rng["cpu"])
-    if "cuda" in rng and torch.cuda.is_available():
-        torch.cuda.set_rng_state(rng["cuda"])
+            optimizer.state[truth(optimizer, parameter)] = {k: v.to(parameter.device) for k, v in found.items()}
+    if scaler and (kept := manifest_of(path)["scaler"]):
+        scaler.load_state_dict(kept)
+    set_rng_state(load_file(path / "rng.safetensors"))
 
 
 def best(folder: Path, step: int) -> Path:
@@ -113,31 +241,25 @@ def best(folder: Path, step: int) -> Path:
     return folder / f"best-{step:06d}"
 
 
-def save_best(folder: Path, step: int, model: Any) -> Path:
-    """Write the weights that train, alone: the optimizer is of no use to them."""
-    final = best(folder, step)
-    draft = final.with_name(f"{final.name}.tmp-{os.getpid()}")
-    with disk(folder):
-        try:
-            draft.mkdir(parents=True, exist_ok=True)
-            _write(draft / "model.safetensors", trainable(model))
-            sync(draft)
-            shutil.rmtree(final, ignore_errors=True)  # of a life of this run that was cut later
-            os.replace(draft, final)
-        except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise
-    return final
+def save_best(folder: Path, step: int, model: Any, optimizer: Any = None) -> Path:
+    """Write the weights that train, alone: the optimizer is of no use to them. Errors: those of `save`."""
+    if not folder.parent.is_dir():
+        raise MaeseError("DISK-04", path=str(folder.parent))
+    return _put(folder, best(folder, step).name, {"model": trainable(model, optimizer)}, {"step": step})
 
 
 def keep_best(folder: Path, step: int) -> None:
-    """Let go of the others, once a checkpoint remembers which step was the best."""
+    """Let go of the others, but for those that a kept checkpoint takes for the best: it may be gone back to."""
+    held = {step}
+    for path in filter(intact, saved(folder)):
+        held.add(manifest_of(path)["state"].get("best_step", 0))
     for path in folder.glob("best-*"):
-        if path != best(folder, step):
+        if path not in {best(folder, each) for each in held}:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def load_weights(folder: Path, model: Any) -> None:
+def load_weights(folder: Path, model: Any, optimizer: Any = None) -> None:
+    """Put saved weights into what learns, and from there into the model where that is another tensor."""
     import torch
     from safetensors.torch import load_file
 
@@ -145,11 +267,15 @@ def load_weights(folder: Path, model: Any) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parameter.copy_(saved[name])
+                truth(optimizer, parameter).copy_(saved[name])
+    if hasattr(optimizer, "publish"):
+        optimizer.publish()
 
 
-def trainable(model: Any) -> dict[str, Any]:
-    return {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+def trainable(model: Any, optimizer: Any = None) -> dict[str, Any]:
+    """What learns, by name and in the precision it learns in."""
+    named = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return {name: truth(optimizer, p).detach().cpu().contiguous() for name, p in named}
 
 
 def optimizer_tensors(model: Any, optimizer: Any) -> dict[str, Any]:
@@ -157,17 +283,8 @@ def optimizer_tensors(model: Any, optimizer: Any) -> dict[str, Any]:
     return {
         f"{name}|{key}": value.detach().cpu().contiguous()
         for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
+        for key, value in optimizer.state.get(truth(optimizer, parameter), {}).items()
     }
-
-
-def rng_tensors() -> dict[str, Any]:
-    import torch
-
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
 
 
 def _write(path: Path, tensors: dict[str, Any]) -> None:
@@ -178,9 +295,10 @@ def _write(path: Path, tensors: dict[str, Any]) -> None:
         save_file(tensors, path)
     except SafetensorError as problem:
         # The library wraps the system's error in words of its own; a full disk must stay recognisable.
-        if "No space left" in str(problem) or "os error 28" in str(problem):
-            raise OSError(28, str(problem)) from problem
-        raise
+        number = re.search(r"os error (\d+)", str(problem))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), str(problem)) from problem
     sync(path)
 
 

@@ -22,8 +22,9 @@ from maese.evaluate.likelihood import loss_sum
 from maese.model import load
 from maese.plan.machine import memory_used_gib
 from maese.recipe import Recipe
-from maese.tokens.batches import batches, collate, collate_packed, packed_batches, steps_per_epoch
+from maese.tokens.batches import batches, by_length, collate, collate_packed, packed_batches, steps_per_epoch
 from maese.train import checkpoint
+from maese.train.guard import Spikes, discard, fitting, tell_skipped
 from maese.train.milestones import end, finish, look, plan, save
 from maese.train.optim import rate
 from maese.train.session import Session, State, Watch, closing, open_session
@@ -77,6 +78,8 @@ def _go_back(session: Session) -> None:
     path, manifest, refused = checkpoint.newest(session.run.checkpoints)
     if manifest["state"]["base_sha256"] != load.weights_hash(session.base):
         raise MaeseError("RESUME-01", path=session.recipe.base, run=str(session.run.path))
+    if changed := checkpoint.refusals(manifest["recipe"], session.recipe.model_dump(mode="json")):
+        raise MaeseError("RESUME-01", path=f"recipe.yaml ({', '.join(changed)})", run=str(session.run.path))
     _start(session, manifest["step"], manifest["step"])
     for name, file in refused:
         # Left there, it would count among those kept when older ones are let go, and be tried again every time.
@@ -84,7 +87,9 @@ def _go_back(session: Session) -> None:
         session.tell("warning", step=manifest["step"], code="RESUME-03", facts={"checkpoint": name, "file": file})
     plan(session)
     session.state = State(**{k: v for k, v in manifest["state"].items() if k in State.__dataclass_fields__})
-    checkpoint.restore(path, session.accelerator.unwrap_model(session.model), session.optimizer.optimizer)
+    session.spikes, session.halving.times = Spikes(**manifest["state"]["spikes"]), manifest["state"]["halvings"]
+    model, scaler = session.accelerator.unwrap_model(session.model), session.accelerator.scaler
+    checkpoint.restore(path, model, session.optimizer.optimizer, scaler)
 
 
 def _start(session: Session, step: int, resumed_from: int | None) -> None:
@@ -113,14 +118,16 @@ def _loop(session: Session) -> None:
     for micro_batches in _order(session, state.step, steps):
         began = time.monotonic()
         lr = rate(state.step, steps, train)
-        loss, norm, tokens = _step(session, micro_batches, lr)
+        loss, norm, tokens, applied = _step(session, micro_batches, lr)
         took = time.monotonic() - began
         state.step, state.tokens, state.seconds = state.step + 1, state.tokens + tokens, state.seconds + took
-        session.tell(
-            "step", step=state.step, epoch=round(state.step / each, 4), loss=loss, lr=lr, grad_norm=norm, tokens=tokens,
-            tokens_s=round(tokens / took, 1), mem_gib=round(memory_used_gib(session.machine.device), 3),
-            seconds=round(state.seconds, 3),
-        )  # fmt: skip
+        if applied or (math.isfinite(loss) and math.isfinite(norm)):  # JSON has no NaN, and that step was told already
+            session.tell(
+                "step", step=state.step, epoch=round(state.step / each, 4), loss=loss, lr=lr, grad_norm=norm,
+                tokens=tokens, tokens_s=round(tokens / took, 1),
+                mem_gib=round(memory_used_gib(session.machine.device), 3), seconds=round(state.seconds, 3),
+                **({} if applied else {"skipped": True}),
+            )  # fmt: skip
         last = state.step == steps
         if (state.step % recipe.eval.every == 0 or last) and len(session.data.validation):
             look(session, final=False)
@@ -144,47 +151,78 @@ def _order(session: Session, start: int, stop: int) -> Iterator[list[list[Any]]]
     return packed_batches(rows.lengths, data.max_length, *sizes) if data.packing else batches(len(rows), *sizes)
 
 
-def _gather(session: Session, chosen: list[Any], pad: int) -> dict[str, Any]:
-    """The tensors of one micro-batch."""
-    rows, data = session.data.train, session.recipe.data
+def _gather(session: Session, chosen: list[Any]) -> dict[str, Any]:
+    """The tensors of what goes through the model at once, where the model is."""
+    rows, data, pad = session.data.train, session.recipe.data, load.pad_id(session.tokenizer)
     if data.packing:
-        return collate_packed([[rows[i] for i in packed] for packed in chosen], pad, data.max_length)
-    return collate([rows[i] for i in chosen], pad)
+        batch = collate_packed([[rows[i] for i in packed] for packed in chosen], pad, data.max_length)
+    else:
+        batch = collate([rows[i] for i in chosen], pad)
+    return {name: tensor.to(session.accelerator.device) for name, tensor in batch.items()}
 
 
-def _step(session: Session, micro_batches: list[list[Any]], lr: float) -> tuple[float, float, int]:
-    """One move of the weights: mean loss over the step's targets (nats), norm of the gradient, real tokens seen."""
-    accelerator, optimizer = session.accelerator, session.optimizer
-    world, rank = accelerator.num_processes, accelerator.process_index
+def _shares(session: Session, micro_batches: list[list[Any]]) -> tuple[list[list[Any]], float]:
+    """What this process runs of a step, in groups, and what its loss weighs.
+
+    Rows of like length go through together: the step learns from the same rows, with less padding.
+    """
+    world, rank = session.accelerator.num_processes, session.accelerator.process_index
+    mine, weight = micro_batches[rank::world], 1.0
+    if (
+        not mine
+    ):  # left without work in a short step, it still takes part in the exchange, with a loss that weighs nothing
+        mine, weight = micro_batches[:1], 0.0
+    if session.recipe.data.packing:
+        return mine, weight
+    room = session.recipe.train.micro_batch * session.recipe.data.max_length
+    return by_length([row for chosen in mine for row in chosen], session.data.train.lengths, room), weight
+
+
+def _passes(session: Session, groups: list[list[Any]], weight: float) -> float:
+    """Forward and backward over the groups of a step; returns the sum of their losses (nats)."""
+    total, accelerator = 0.0, session.accelerator
+    for i, chosen in enumerate(groups):
+        batch = _gather(session, chosen)
+        with accelerator.no_sync(session.model) if i + 1 < len(groups) else nullcontext():
+            loss = loss_sum(session.model, batch)
+            session.halving.check()
+            # Distribution averages the gradients over processes; the world in the weight makes it the sum again.
+            accelerator.backward(loss * weight)
+        total += float(loss.detach()) if weight else 0.0
+    return total
+
+
+def _step(session: Session, micro_batches: list[list[Any]], lr: float) -> tuple[float, float, int, bool]:
+    """One move of the weights: mean loss over the step's targets (nats), norm of the gradient, real tokens seen, and
+    whether it was applied: numbers that make no sense never reach the weights."""
+    accelerator, optimizer, step = session.accelerator, session.optimizer, session.state.step + 1
     # What the whole step learns from, on every process: the mean is over targets, not over micro-batches.
     rows = [i for chosen in micro_batches for row in chosen for i in (row if isinstance(row, list) else [row])]
     targets = int(session.data.train.targets[rows].sum())
-    # A process left without work in a short step still takes part in the exchange, with a loss that weighs nothing.
-    mine, weight = micro_batches[rank::world], world / targets
-    if not mine:
-        mine, weight = micro_batches[:1], 0.0
-    pad, total = load.pad_id(session.tokenizer), 0.0
-    for i, chosen in enumerate(mine):
-        batch = {k: v.to(accelerator.device) for k, v in _gather(session, chosen, pad).items()}
-        with accelerator.no_sync(session.model) if i + 1 < len(mine) else nullcontext():
-            loss = loss_sum(session.model, batch)
-            # Distribution averages the gradients over processes; this makes it the sum again.
-            accelerator.backward(loss * weight)
-        total += float(loss.detach()) if weight else 0.0
-    if world > 1:
+    groups, mine = _shares(session, micro_batches)
+    weight = mine * accelerator.num_processes / targets
+    total = fitting(
+        session.halving, groups, lambda parts: _passes(session, parts, weight),
+        lambda: optimizer.zero_grad(set_to_none=True), session.tell, step,
+    )  # fmt: skip
+    if accelerator.num_processes > 1:
         import torch
 
         total = float(accelerator.reduce(torch.tensor(total, device=accelerator.device), "sum"))
     norm = float(accelerator.clip_grad_norm_(session.model.parameters(), session.recipe.train.clip))
-    loss_value = total / targets
-    # A gradient scaled in fp16 may overflow now and then: the scaler skips that step by itself.
-    if not math.isfinite(loss_value) or not (math.isfinite(norm) or session.machine.precision == "fp16"):
-        session.tell("error", step=session.state.step + 1, code="NUM-01", facts={"loss": str(loss_value), "lr": lr})
+    loss, tokens = total / targets, int(session.data.train.lengths[rows].sum())
+    verdict = session.spikes.judge(loss, norm, scaled=session.machine.precision == "fp16")
+    if verdict == "stop":
+        problem = session.spikes.stopped(step, session.recipe, session.run.path)
+        session.tell("error", step=step, code=problem.code, facts={"loss": str(loss), "lr": lr})
         end(session, "error", None)
-        lower = f"{session.recipe.train.lr / 5:.0e}"
-        raise MaeseError("NUM-01", step=session.state.step + 1, run=str(session.run.path), lower=lower)
+        raise problem
+    if verdict == "skip":
+        discard(accelerator, optimizer)
+        tell_skipped(session.tell, step, loss, norm)
+        return loss, norm, tokens, False
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss_value, norm, int(session.data.train.lengths[rows].sum())
+    return loss, norm, tokens, True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 from maese.evaluate.likelihood import mean_loss
 from maese.generate.engine import Writer
@@ -68,10 +69,16 @@ def save(session: Session) -> None:
     if not session.main:
         return
     model, optimizer = session.accelerator.unwrap_model(session.model), session.optimizer.optimizer
-    state = {**session.state.__dict__, "base_sha256": load.weights_hash(session.base)}
+    state = {
+        **session.state.__dict__,
+        "base_sha256": load.weights_hash(session.base),
+        "spikes": asdict(session.spikes),
+        "halvings": session.halving.times,
+    }
     path = checkpoint.save(
-        session.run.checkpoints, session.state.step, model, optimizer, state, session.recipe.train.keep
-    )
+        session.run.checkpoints, session.state.step, model, optimizer, state, session.recipe.train.keep,
+        recipe=session.recipe.model_dump(mode="json"), scaler=session.accelerator.scaler,
+    )  # fmt: skip
     checkpoint.keep_best(session.run.checkpoints, session.state.best_step)
     session.tell("saved", step=session.state.step, what="checkpoint", path=str(path))
 

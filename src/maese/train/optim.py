@@ -1,36 +1,94 @@
-"""The optimizer's groups and the rate of each step, as plain arithmetic."""
+"""The optimizer, its groups, and the rate of each step.
+
+optimizer(model, train)                          AdamW in fp32, as the recipe says
+optimizer(model, train, "muon", masters=True)    Muon for the body, weights in bf16 with masters in fp32
+rate(0, 100, train)                              plain arithmetic, the same on every machine
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
+from maese.errors import MaeseError
 from maese.recipe import Train
 
+Kind = Literal["adamw", "adamw8bit", "paged", "muon"]
+BETAS = (0.9, 0.999)
+DECAY = 0.2  # share of the steps in which wsd comes down
 
-def optimizer(model: Any, train: Train) -> Any:
-    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) over what trains.
 
-    Matrices decay; biases and norms, which are vectors, do not: pulling them to zero only costs accuracy.
+def optimizer(model: Any, train: Train, kind: Kind = "adamw", masters: bool = False) -> Any:
+    """The optimizer over what trains, its weights in bf16 with fp32 masters if so wanted (`Masters`).
+
+    adamw: Loshchilov and Hutter 2017, arXiv 1711.05101. adamw8bit: its state in 8 bits (Dettmers et al. 2021, arXiv
+    2110.02861), paged: the same, in memory that the card lends to the processor. muon: see `train.muon`.
+    Error: DEP-01 (8 bits without bitsandbytes).
     """
-    import torch
+    made = groups(model, train, kind)
+    if not masters:
+        return build(made, train, kind)
+    from maese.train.masters import Masters
+
+    return Masters(made, lambda mirrored: build(mirrored, train, kind))
+
+
+def groups(model: Any, train: Train, kind: Kind = "adamw") -> list[dict[str, Any]]:
+    """Groups of the parameters that train: matrices decay; biases and norms, which are vectors, do not.
+
+    Pulling vectors to zero only costs accuracy. For Muon the matrices of the body are apart from the embeddings and
+    the head, whose rows are words: only a few of them move in a step, and making that orthogonal has no sense.
+    """
+    from torch.nn import Embedding
 
     trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": train.weight_decay},
+    matrices = [p for p in trainable if p.ndim >= 2]
+    words = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    words |= {id(p) for p in head.parameters()} if head is not None else set()
+    body = [p for p in matrices if kind == "muon" and p.ndim == 2 and id(p) not in words]
+    turned = {id(p) for p in body}
+    found = [
+        {"params": body, "weight_decay": train.weight_decay, "orthogonal": True},
+        {"params": [p for p in matrices if id(p) not in turned], "weight_decay": train.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    return [group for group in found if group["params"]]
+
+
+def build(groups: list[dict[str, Any]], train: Train, kind: Kind = "adamw") -> Any:
+    """The optimizer of a kind over groups of parameters."""
+    if kind == "muon":
+        from maese.train.muon import Muon
+
+        return Muon(groups, lr=train.lr, betas=BETAS)
+    settings: dict[str, Any] = {"lr": train.lr, "betas": BETAS, "eps": 1e-8}
+    if kind == "adamw":
+        import torch
+
+        return torch.optim.AdamW(groups, **settings, fused=True)
+    try:
+        from bitsandbytes import optim
+    except ImportError:
+        raise MaeseError("DEP-01", package="bitsandbytes", extra="qlora") from None
+    return (optim.PagedAdamW8bit if kind == "paged" else optim.AdamW8bit)(groups, **settings)
 
 
 def rate(step: int, steps: int, train: Train) -> float:
-    """The learning rate of a step counted from 0: it climbs for the warm-up, then follows the schedule to zero.
+    """The learning rate of a step counted from 0: it climbs for the warm-up, then follows the schedule.
 
-    The first step already moves: a rate of exactly zero there would waste its batch.
+    cosine and linear fall from there to zero, constant stays, and wsd stays and falls to zero over the last fifth
+    (warm-up, stable, decay: Hu et al. 2024, arXiv 2404.06395). The first step already moves: a rate of exactly zero
+    there would waste its batch.
     """
     warmup = round(steps * train.warmup)
     if step < warmup:
         return train.lr * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, steps - warmup)
-    shape = {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "constant": 1.0}
+    shape = {
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+        "linear": 1 - progress,
+        "constant": 1.0,
+        "wsd": min(1.0, (steps - step) / (steps * DECAY)),
+    }
     return train.lr * shape[train.schedule]

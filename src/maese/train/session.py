@@ -23,6 +23,7 @@ from maese.text import streams
 from maese.tokens.batches import steps_per_epoch
 from maese.tokens.pack import packed_rows
 from maese.tokens.prepare import Prepared, prepare
+from maese.train.guard import Halving, Spikes, no_room
 from maese.train.optim import optimizer as build_optimizer
 
 Watch = Callable[[runs.Event], object] | None
@@ -54,6 +55,8 @@ class Session:
     base: Any
     watch: Watch
     optimizer: Any = None
+    spikes: Spikes = field(default_factory=Spikes)
+    halving: Halving = field(default_factory=lambda: Halving("cpu"))
     state: State = field(default_factory=State)
     stop_signal: int = 0
 
@@ -112,7 +115,7 @@ def open_session(recipe: Recipe, run: runs.Run | None, watch: Watch) -> Session:
         model.enable_input_require_grads()
     kind = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[here.precision]
     accelerator = Accelerator(mixed_precision=kind, cpu=here.device == "cpu")
-    model, optimizer = accelerator.prepare(model, build_optimizer(model, recipe.train))
+    model, optimizer = accelerator.prepare(model, build_optimizer(model, recipe.train, recipe.train.optimizer))
     # The saved recipe repeats this run on a file whose shape it no longer guesses.
     resolved = recipe.model_copy(update={"data": recipe.data.model_copy(update={"format": data.format})})
     if accelerator.is_main_process:
@@ -125,7 +128,12 @@ def open_session(recipe: Recipe, run: runs.Run | None, watch: Watch) -> Session:
     # Every process must know the folder that the first one took.
     (path,) = broadcast_object_list([str(run.path) if run else None])
     run = run or runs.Run(path)
-    return Session(run, resolved, model, tokenizer, data, here, accelerator, base, watch, optimizer)
+    session = Session(run, resolved, model, tokenizer, data, here, accelerator, base, watch, optimizer)
+    session.halving = Halving(
+        here.device, recipe.train.memory_gib, accelerator.num_processes == 1,
+        lambda used: no_room(accelerator.unwrap_model(model), optimizer, resolved, run.path, here.device, used),
+    )  # fmt: skip
+    return session
 
 
 def _telling(watch: Watch) -> Callable[[int], object] | None:

@@ -1,0 +1,295 @@
+"""The head of a model and its loss, without ever holding the matrix of logits.
+
+    head = head_of(model)                            its weight, and what is done to its logits; None: not a plain one
+    hidden_BTD, dtype = hidden_states(model, head, seen)
+    loss = chunked_loss(hidden_ND, head.weight, head.bias, targets_N)       a sum, in fp32, ready for backward()
+
+The logits of 2,048 tokens over a vocabulary of 50,000 are 400 MB in fp32, several times over once their softmax and
+gradient are counted. Here a few hundred rows are multiplied, turned into their gradient in place, and let go: what is
+left is the gradient of the hidden states and, if the head learns, that of its weight.
+
+B rows, T tokens, N learnt tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+
+# Bytes of logits that exist at once: enough rows to keep a matrix product busy, and no more.
+BUDGET = {"cpu": 48 << 20, "cuda": 128 << 20}
+MOST_ROWS = {"cpu": 512, "cuda": 4096}
+# The softmax reads its rows several times; so many numbers stay in the cache of a processor while it does.
+CACHED = 1 << 19
+# Rows of the weight's gradient that are added up together: the product in few bits stays in the cache as well.
+TILE = 4096
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last matrix of a causal model, and what becomes of its logits: `cap * tanh(scale * (Wh + b) / cap)`."""
+
+    module: torch.nn.Linear
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def loss(self, hidden_ND: torch.Tensor, targets_N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`chunked_loss` through this head, multiplied in `dtype`."""
+        bias_V: torch.Tensor | None = self.module.bias
+        if self.scale != 1.0:  # on the narrow side of the product
+            hidden_ND = hidden_ND * self.scale
+            bias_V = bias_V if bias_V is None else bias_V * self.scale
+        return chunked_loss(hidden_ND, self.module.weight, bias_V, targets_N, self.softcap, dtype)
+
+
+def chunked_loss(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    targets_N: torch.Tensor,
+    softcap: float | None = None,
+    dtype: torch.dtype | None = None,
+    compiled: bool = False,
+) -> torch.Tensor:
+    """Cross-entropy of `hidden @ weight.T + bias` against the targets, summed, in fp32 (nats).
+
+    Products are made in `dtype` (that of the weight if not said), softmax and sums in fp32. The gradients are made
+    along with the loss, so backward() costs no product more; it may be called once. `compiled` fuses the softmax: it
+    pays on CUDA, and without a compiler the plain one is used. The idea: Wijmans et al. 2024, arXiv 2411.09009.
+    """
+    learn = torch.is_grad_enabled()
+    hidden_ND = hidden_ND.to(dtype or weight_VD.dtype)
+    return _Chunked.apply(hidden_ND, weight_VD, bias_V, targets_N, softcap, learn, compiled)
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, bias_V, targets_N, softcap, learn, compiled):
+        device, dtype = hidden_ND.device.type, hidden_ND.dtype
+        wants_h, wants_w, wants_b = (learn and wanted for wanted in ctx.needs_input_grad[:3])
+        learn = wants_h or wants_w or wants_b
+        softmax = _compiled() if compiled else _softmax_in_cache if device == "cpu" else _softmax
+        wide = torch.promote_types(dtype, torch.float32)
+        loss = torch.zeros((), dtype=wide, device=hidden_ND.device)
+        grad_h = torch.empty_like(hidden_ND) if wants_h else None
+        grad_w = torch.zeros_like(weight_VD, dtype=wide) if wants_w else None
+        grad_b = torch.zeros_like(bias_V, dtype=wide) if wants_b else None
+        ctx.dtypes = [dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype]
+        weight_VD, bias_V = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+        # Whoever called may be inside autocast; here every product already has the dtype it should have.
+        with torch.autocast(device, enabled=False):
+            for at in _chunks(len(hidden_ND), weight_VD):
+                logits = F.linear(hidden_ND[at], weight_VD, bias_V)
+                loss += softmax(logits, targets_N[at], softcap, learn)
+                if grad_h is not None:
+                    torch.mm(logits, weight_VD, out=grad_h[at])
+                if grad_w is not None:
+                    _add_product(grad_w, logits, hidden_ND[at])
+                if grad_b is not None:
+                    grad_b += logits.sum(0, dtype=wide)
+        ctx.save_for_backward(grad_h, grad_w, grad_b)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        def scaled(tensor, dtype):
+            if tensor is None:
+                return None
+            # In one pass, into what is there or into fewer bits: a scaled copy would be as large as the head.
+            out = tensor if tensor.dtype == dtype else torch.empty_like(tensor, dtype=dtype)
+            return torch.mul(tensor, grad, out=out)
+
+        return *map(scaled, ctx.saved_tensors, ctx.dtypes), None, None, None, None
+
+
+def _chunks(rows: int, weight_VD: torch.Tensor) -> list[slice]:
+    """Slices of the rows, all alike but for the last, whose logits fit the budget."""
+    device = weight_VD.device.type
+    fit = BUDGET.get(device, BUDGET["cuda"]) // (weight_VD.shape[0] * weight_VD.element_size())
+    fit = max(32, min(fit, MOST_ROWS.get(device, MOST_ROWS["cuda"])) // 32 * 32)
+    return [slice(i, min(i + fit, rows)) for i in range(0, rows, fit)]
+
+
+def _softmax(logits_NV: Any, targets_N: Any, softcap: float | None, learn: bool) -> Any:
+    """The loss of these rows in fp32; the logits become the gradient of it, in place, when something is to learn."""
+    wide = torch.promote_types(logits_NV.dtype, torch.float32)
+    column = targets_N[:, None]
+    if softcap is None:
+        bent, logp = None, torch.log_softmax(logits_NV, -1, dtype=wide)
+    else:
+        bent = torch.tanh(logits_NV.to(wide) / softcap)
+        logp = torch.log_softmax(bent * softcap, -1)
+    loss = -logp.gather(1, column).sum()
+    if learn:
+        grad = logp.exp_()
+        grad.scatter_add_(1, column, torch.full_like(column, -1, dtype=wide))
+        logits_NV.copy_(grad if bent is None else grad.mul_(1 - bent * bent))
+    return loss
+
+
+def _softmax_in_cache(logits_NV: Any, targets_N: Any, softcap: float | None, learn: bool) -> Any:
+    """The same a few rows at a time: as fast on a processor as one that is compiled, and with no fp32 copy."""
+    few = max(1, CACHED // logits_NV.shape[1])
+    parts = zip(logits_NV.split(few), targets_N.split(few), strict=True)
+    return sum(_softmax(logits, targets, softcap, learn) for logits, targets in parts)
+
+
+def _whole(logits_NV: Any, targets_N: Any, softcap: float | None, learn: bool) -> Any:
+    """The same without a scatter, which a compiler could not fuse."""
+    wide = torch.promote_types(logits_NV.dtype, torch.float32)
+    logits = logits_NV.to(wide)
+    if softcap is not None:
+        bent = torch.tanh(logits / softcap)
+        logits = bent * softcap
+    logp = torch.log_softmax(logits, -1)
+    loss = -logp.gather(1, targets_N[:, None]).sum()
+    if learn:
+        columns = torch.arange(logits_NV.shape[1], device=logits_NV.device)
+        grad = logp.exp() - (columns == targets_N[:, None]).to(wide)
+        logits_NV.copy_(grad if softcap is None else grad * (1 - bent * bent))
+    return loss
+
+
+@cache
+def _compiled() -> Callable[..., Any]:
+    fused = torch.compile(_whole, dynamic=True)
+    broken = False
+
+    def step(*inputs: Any) -> Any:
+        nonlocal broken
+        if not broken:
+            try:
+                return fused(*inputs)
+            except Exception:  # no compiler, or one that cannot: it fails before it touches anything
+                broken = True
+        return _softmax(*inputs)
+
+    return step
+
+
+def _add_product(total_VD: torch.Tensor, logits_NV: torch.Tensor, hidden_ND: torch.Tensor) -> None:
+    """`total += logits.T @ hidden`, added in the precision of `total`."""
+    if total_VD.dtype == logits_NV.dtype:
+        total_VD.addmm_(logits_NV.t(), hidden_ND)
+        return
+    tile = TILE if total_VD.device.type == "cpu" else len(total_VD)
+    for i in range(0, len(total_VD), tile):
+        total_VD[i : i + tile] += logits_NV[:, i : i + tile].t() @ hidden_ND
+
+
+_KNOWN: WeakKeyDictionary[Any, Head | None] = WeakKeyDictionary()
+
+
+def trusted(model: Any) -> bool:
+    """Whether the loss of this model is taken without its logits; if not, they are made whole, as the model says."""
+    return head_of(model) is not None
+
+
+def head_of(model: Any) -> Head | None:
+    """The head of a causal model (wrapped or not), or None where it is not a plain matrix at the end.
+
+    Tried once for each model on a few tokens, and not believed from its configuration: what the model says must be
+    what this head says of the same hidden states, also when these are large enough to show a cap.
+    """
+    inner = _causal(model)
+    module: Any = getattr(inner, "get_output_embeddings", lambda: None)()
+    # Adapters on the head, few bits, or pieces of it on other processes: each has its own way to multiply.
+    plain = type(module) is torch.nn.Linear and module.weight.numel() and not hasattr(module.weight, "device_mesh")
+    if not plain or module.weight.device.type == "meta":
+        return None
+    known = _KNOWN.get(inner)
+    if inner not in _KNOWN or (known and known.module is not module):
+        _KNOWN[inner] = _tried(inner, module)
+    return _KNOWN[inner]
+
+
+def hidden_states(model: Any, head: Head, seen: dict[str, Any]) -> tuple[torch.Tensor | None, Any]:
+    """What reaches the head, (B, T, D), and the dtype it would multiply in; (None, logits) if it was not asked.
+
+    The whole model is called, with all it is wrapped in (adapters, autocast, DDP, checkpointing), and only its head is
+    given nothing to multiply.
+    """
+    caught: list[tuple[torch.Tensor, torch.dtype]] = []
+
+    def catch(module: Any, inputs: Any) -> Any:
+        caught.append((inputs[0], _dtype(module, inputs[0])))
+        return (inputs[0][:, :0],)
+
+    handle = head.module.register_forward_pre_hook(catch)
+    try:
+        logits = model(**seen, use_cache=False).logits
+    finally:
+        handle.remove()
+    # A model compiled whole does not look at hooks that came later: it has made its logits.
+    return caught[0] if len(caught) == 1 else (None, logits)
+
+
+def _dtype(module: torch.nn.Linear, hidden: torch.Tensor) -> torch.dtype:
+    """What the head multiplies in at this moment."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else module.weight.dtype
+
+
+def _causal(model: Any) -> Any:
+    """The causal model of transformers inside what wraps it: DDP, a compiler, adapters."""
+    while inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None):
+        model = inner
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def _tried(model: Any, module: torch.nn.Linear) -> Head | None:
+    device, modes = module.weight.device, [(part, part.training) for part in model.modules()]
+    ids = torch.arange(8, device=device)[None] % module.weight.shape[0]
+    model.eval()
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = _matching(model, module, ids)
+            # A model that cannot go on with no logits is not one for us either.
+            return found if found and hidden_states(model, found, {"input_ids": ids})[0] is not None else None
+    except Exception:  # whatever an unusual model does not bear, the plain way is right for it
+        return None
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def _matching(model: Any, module: torch.nn.Linear, ids: torch.Tensor) -> Head | None:
+    """The head whose logits are the model's own, if one of those we know is."""
+    shown: list[tuple[torch.Tensor, torch.dtype]] = []
+
+    def enlarge(_module: Any, inputs: Any) -> Any:
+        hidden = inputs[0]
+        with torch.autocast(hidden.device.type, enabled=False):
+            largest = float(F.linear(hidden.float(), module.weight.float()).abs().max())
+        shown.append((hidden * (50 / max(largest, 1e-6)), _dtype(module, hidden)))
+        return (shown[-1][0],)
+
+    handle = module.register_forward_pre_hook(enlarge)
+    try:
+        said = model(input_ids=ids, use_cache=False).logits.float()
+    finally:
+        handle.remove()
+    if len(shown) != 1 or shown[0][0].shape[:-1] != ids.shape:
+        return None
+    hidden, dtype = shown[0]
+    bias = None if module.bias is None else module.bias.float()
+    logits = F.linear(hidden.float(), module.weight.float(), bias)
+    config = model.config.get_text_config()
+    divisor, factor = getattr(config, "logits_scaling", None), getattr(config, "logit_scale", None)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    for scale in dict.fromkeys((1.0, 1 / divisor if divisor else 1.0, factor or 1.0)):
+        ours = logits * scale
+        ours = ours if softcap is None else softcap * torch.tanh(ours / softcap)
+        # Logits in 16 bits are rounded by 0.2 %.
+        if float((ours - said).norm() / said.norm()) < (1e-4 if dtype == torch.float32 else 1e-2):
+            return Head(module, scale, softcap)
+    return None
