@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test slow lint format size lock clean help
+.PHONY: install demo test test-faults slow lint format size lock clean help
 
 help:
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile
 
 install: $(STAMP) ## the environment in .venv, with pinned versions
 
@@ -25,6 +25,9 @@ test: install ## the tests, without a network
 
 slow: install ## the tests that take minutes or many gigabytes
 	@$(BIN)/python -m pytest -m slow
+
+test-faults: install ## kills, full disks, broken files: what was saved stays whole
+	@$(BIN)/python -m pytest -m faults tests/faults
 
 lint: install ## style and types
 	@$(BIN)/ruff check .

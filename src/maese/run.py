@@ -58,6 +58,8 @@ class Run:
         return json.loads(path.read_text("utf-8")) if path.exists() else None
 
     def write(self, name: str, content: Any) -> None:
+        if not self.path.is_dir():  # to make it again would hide that the run has lost everything else
+            raise MaeseError("DISK-04", path=str(self.path))
         text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, indent=1)
         write_whole(self.path / name, text)
 

@@ -1,0 +1,1 @@
+"""Faults on purpose: processes really killed, disks really full, files really broken. `make test-faults`."""
