@@ -100,6 +100,7 @@ class Train(Strict):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gradient_checkpointing: bool = False
+    compile: Literal["auto"] | Annotated[bool, Field(strict=True)] = "auto"  # auto: long runs on a card
     memory_gib: Annotated[float, Field(strict=True, gt=0)] | None = None  # no more than this is taken
     save_every: Count = 200  # steps between checkpoints
     keep: Count = 2  # checkpoints kept

@@ -14,24 +14,31 @@ def loss_sum(model: Any, batch: dict[str, Any]) -> Any:
     """Cross-entropy of one micro-batch (B, T), summed over its targets in fp32; divide by their count for the mean.
 
     The sum and not the mean, because rows of unequal length make a mean of means something else. The batch is padded
-    (`collate`) or packed (`collate_packed`): the model is told what it has, an attention_mask or position_ids. Only
-    the positions that are learnt meet the head, a few at a time (`model.head`), where the model has a plain one.
+    (`collate`) or packed (`collate_packed`, `collate_flat`): the model is told what it has, an attention_mask or
+    position_ids. Only the positions that are learnt meet the head, a few at a time (`model.head`), where the model has
+    a plain one. A batch that brings `kept`, the places before learnt tokens counted over all rows, need not be asked:
+    a card would have to be waited for.
     """
     import torch.nn.functional as F
 
     from maese.model.head import head_of, hidden_states
 
-    seen = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    seen = {name: tensor for name, tensor in batch.items() if name not in ("labels", "kept")}
     targets = batch["labels"][:, 1:]
-    kept = targets != IGNORED
+    kept = targets != IGNORED if "kept" not in batch else None
+
+    def learnt(rows: Any) -> Any:
+        return rows[:, :-1][kept] if kept is not None else rows.flatten(0, 1).index_select(0, batch["kept"])
+
+    targets = targets[kept] if kept is not None else batch["labels"].flatten()[batch["kept"] + 1]
     if head := head_of(model):
         hidden_BTD, rest = hidden_states(model, head, seen)
         if hidden_BTD is not None:
-            return head.loss(hidden_BTD[:, :-1][kept], targets[kept], rest)
+            return head.loss(learnt(hidden_BTD), targets, rest)
         logits_BTV = rest
     else:
         logits_BTV = model(**seen, use_cache=False).logits
-    return F.cross_entropy(logits_BTV[:, :-1][kept].float(), targets[kept], reduction="sum")
+    return F.cross_entropy(learnt(logits_BTV).float(), targets, reduction="sum")
 
 
 def mean_loss(model: Any, examples: Sequence[Example], pad: int, micro_batch: int) -> tuple[float, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -45,6 +46,15 @@ def machine(train: Train | None = None) -> Machine:
     return Machine(device, cpu_name(), cores, psutil.virtual_memory().total / 2**30, precision)
 
 
+def allocator() -> None:
+    """Let a card's memory grow in one piece, so that rows of many lengths leave no holes, unless the user chose.
+
+    It counts only before the card is first used. On a processor it changes nothing.
+    """
+    if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def bf16_pays_on_cpu() -> bool:
     """Whether the processor multiplies bf16 in hardware; without that it is slower than fp32."""
     import torch
@@ -80,8 +90,6 @@ def memory_peak_gib(device: str) -> float:
         import torch
 
         return torch.cuda.max_memory_allocated() / 2**30
-    import sys
-
     if sys.platform == "win32":
         import psutil
 

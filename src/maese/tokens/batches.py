@@ -3,6 +3,7 @@
     batches(23, 2, 3, …)                 for each step, its micro-batches as lists of row numbers
     packed_batches(lengths, 512, 2, …)   the same of rows that hold several examples each
     collate, collate_packed              those examples as tensors
+    collate_flat                         the same with no padding, for attention that is told where each one ends
 
 Nothing here has state, so a run that resumes at step k sees exactly what it would have seen.
 """
@@ -148,3 +149,34 @@ def collate_packed(rows: list[list[Example]], pad: int, width: int) -> dict[str,
             at += len(example)
         positions[i, at:] = torch.arange(wide - at)
     return {"input_ids": ids, "position_ids": positions, "labels": labels}
+
+
+def collate_flat(examples: list[Example], pad: int) -> dict[str, Any]:
+    """One row (1, T) of all the examples with nothing between them, and where each of them ends.
+
+    For models that `model.attention.unpadded` has taken: their layers are given `cu_seq_lens_q`, the borders. The
+    attention_mask only says that there is none to be made: one with four dimensions is passed on as it is. A few
+    tokens at the end round the row up to MULTIPLE, as a document of their own.
+    """
+    import torch
+
+    ids = [i for example in examples for i in example.ids]
+    learnt = [m for example in examples for m in (0, *example.mask[1:])]
+    spans = [len(example) for example in examples]
+    if rest := -len(ids) % MULTIPLE:
+        ids, learnt, spans = ids + [pad] * rest, learnt + [0] * rest, [*spans, rest]
+    row, lengths = torch.tensor([ids]), torch.tensor(spans)
+    ends = lengths.cumsum(0)
+    borders = torch.cat([torch.zeros(1, dtype=torch.int32), ends.to(torch.int32)])
+    begins = torch.repeat_interleave(ends - lengths, lengths)
+    longest = 1 << (max(spans) - 1).bit_length()  # an upper bound that seldom changes: what is compiled holds longer
+    return {
+        "input_ids": row,
+        "position_ids": (torch.arange(len(ids)) - begins)[None],
+        "attention_mask": torch.ones((1, 1, 1, 1), dtype=torch.bool),
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "labels": torch.where(torch.tensor([learnt], dtype=torch.bool), row, IGNORED),
+    }

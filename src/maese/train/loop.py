@@ -14,6 +14,8 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
+from itertools import chain, pairwise
 from typing import Any
 
 from maese import run as runs
@@ -22,8 +24,9 @@ from maese.evaluate.likelihood import loss_sum
 from maese.model import load
 from maese.plan.machine import memory_used_gib
 from maese.recipe import Recipe
-from maese.tokens.batches import batches, by_length, collate, collate_packed, packed_batches, steps_per_epoch
+from maese.tokens.batches import batches, by_length, packed_batches, steps_per_epoch
 from maese.train import checkpoint
+from maese.train.compiling import surviving
 from maese.train.guard import Spikes, discard, fitting, tell_skipped
 from maese.train.milestones import end, finish, look, plan, save
 from maese.train.optim import rate
@@ -115,10 +118,11 @@ def _loop(session: Session) -> None:
     session.note(status="training", steps=steps)
     session.model.train()
     reason = "finished"
-    for micro_batches in _order(session, state.step, steps):
+    for micro_batches, following in pairwise(chain(_order(session, state.step, steps), [None])):
+        assert micro_batches is not None
         began = time.monotonic()
         lr = rate(state.step, steps, train)
-        loss, norm, tokens, applied = _step(session, micro_batches, lr)
+        loss, norm, tokens, applied = _step(session, micro_batches, lr, following)
         took = time.monotonic() - began
         state.step, state.tokens, state.seconds = state.step + 1, state.tokens + tokens, state.seconds + took
         if applied or (math.isfinite(loss) and math.isfinite(norm)):  # JSON has no NaN, and that step was told already
@@ -151,16 +155,6 @@ def _order(session: Session, start: int, stop: int) -> Iterator[list[list[Any]]]
     return packed_batches(rows.lengths, data.max_length, *sizes) if data.packing else batches(len(rows), *sizes)
 
 
-def _gather(session: Session, chosen: list[Any]) -> dict[str, Any]:
-    """The tensors of what goes through the model at once, where the model is."""
-    rows, data, pad = session.data.train, session.recipe.data, load.pad_id(session.tokenizer)
-    if data.packing:
-        batch = collate_packed([[rows[i] for i in packed] for packed in chosen], pad, data.max_length)
-    else:
-        batch = collate([rows[i] for i in chosen], pad)
-    return {name: tensor.to(session.accelerator.device) for name, tensor in batch.items()}
-
-
 def _shares(session: Session, micro_batches: list[list[Any]]) -> tuple[list[list[Any]], float]:
     """What this process runs of a step, in groups, and what its loss weighs.
 
@@ -178,38 +172,61 @@ def _shares(session: Session, micro_batches: list[list[Any]]) -> tuple[list[list
     return by_length([row for chosen in mine for row in chosen], session.data.train.lengths, room), weight
 
 
-def _passes(session: Session, groups: list[list[Any]], weight: float) -> float:
-    """Forward and backward over the groups of a step; returns the sum of their losses (nats)."""
-    total, accelerator = 0.0, session.accelerator
-    for i, chosen in enumerate(groups):
-        batch = _gather(session, chosen)
+def _passes(session: Session, groups: list[list[Any]], weight: float) -> Any:
+    """Forward and backward over the groups of a step; returns the sum of their losses (nats), where the model is.
+
+    To read it here would make the host wait for a card that still has work.
+    """
+    import torch
+
+    accelerator = session.accelerator
+    total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    for i, batch in enumerate(session.feed.batches(groups)):
         with accelerator.no_sync(session.model) if i + 1 < len(groups) else nullcontext():
             loss = loss_sum(session.model, batch)
             session.halving.check()
             # Distribution averages the gradients over processes; the world in the weight makes it the sum again.
             accelerator.backward(loss * weight)
-        total += float(loss.detach()) if weight else 0.0
+        if weight:
+            total += loss.detach().double()
     return total
 
 
-def _step(session: Session, micro_batches: list[list[Any]], lr: float) -> tuple[float, float, int, bool]:
+def _read(session: Session, total: Any, norm: Any) -> tuple[float, float]:
+    """The loss over all processes and the norm as numbers: the one moment of a step in which a card is waited for."""
+    import torch
+
+    total = torch.as_tensor(total, dtype=torch.float64, device=session.accelerator.device)
+    if session.accelerator.num_processes > 1:
+        total = session.accelerator.reduce(total, "sum")
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # under FSDP2 it may lie in pieces
+    nats, size = torch.stack([total, torch.as_tensor(norm).to(total)]).tolist()
+    return nats, size
+
+
+def _step(
+    session: Session, micro_batches: list[list[Any]], lr: float, following: list[list[Any]] | None = None
+) -> tuple[float, float, int, bool]:
     """One move of the weights: mean loss over the step's targets (nats), norm of the gradient, real tokens seen, and
-    whether it was applied: numbers that make no sense never reach the weights."""
+    whether it was applied: numbers that make no sense never reach the weights. `following` is what comes after it."""
     accelerator, optimizer, step = session.accelerator, session.optimizer, session.state.step + 1
     # What the whole step learns from, on every process: the mean is over targets, not over micro-batches.
     rows = [i for chosen in micro_batches for row in chosen for i in (row if isinstance(row, list) else [row])]
     targets = int(session.data.train.targets[rows].sum())
     groups, mine = _shares(session, micro_batches)
     weight = mine * accelerator.num_processes / targets
-    total = fitting(
-        session.halving, groups, lambda parts: _passes(session, parts, weight),
-        lambda: optimizer.zero_grad(set_to_none=True), session.tell, step,
-    )  # fmt: skip
-    if accelerator.num_processes > 1:
-        import torch
-
-        total = float(accelerator.reduce(torch.tensor(total, device=accelerator.device), "sum"))
-    norm = float(accelerator.clip_grad_norm_(session.model.parameters(), session.recipe.train.clip))
+    forget = partial(optimizer.zero_grad, set_to_none=True)
+    total = surviving(
+        session,
+        lambda: fitting(
+            session.halving, groups, lambda parts: _passes(session, parts, weight), forget, session.tell, step
+        ),
+        forget,
+    )
+    norm = accelerator.clip_grad_norm_(session.model.parameters(), session.recipe.train.clip)
+    if following:
+        session.feed.expect(session.halving.split(_shares(session, following)[0])[0])
+    total, norm = _read(session, total, norm)
     loss, tokens = total / targets, int(session.data.train.lengths[rows].sum())
     verdict = session.spikes.judge(loss, norm, scaled=session.machine.precision == "fp16")
     if verdict == "stop":

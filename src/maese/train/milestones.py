@@ -28,7 +28,8 @@ def plan(session: Session) -> None:
         targets=facts["train"]["targets"], validation_rows=facts["validation"]["rows"],
         validation_tokens=facts["validation"]["targets"], steps=session.steps, epochs=train.epochs,
         micro_batch=train.micro_batch, accumulation=train.accumulation, max_length=session.recipe.data.max_length,
-        run=str(session.run.path), format=session.data.format, **session.machine.facts(),
+        run=str(session.run.path), format=session.data.format, unpadded=session.unpadded,
+        compiled=bool(session.compiled), **session.machine.facts(),
     )  # fmt: skip
 
 

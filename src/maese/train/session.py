@@ -17,12 +17,14 @@ from maese import run as runs
 from maese.errors import Interrupted, MaeseError
 from maese.evaluate.likelihood import refuse_blended
 from maese.model import adapter, load
-from maese.plan.machine import Machine, machine
+from maese.plan.machine import Machine, allocator, machine
 from maese.recipe import Recipe
 from maese.text import streams
 from maese.tokens.batches import steps_per_epoch
 from maese.tokens.pack import packed_rows
 from maese.tokens.prepare import Prepared, prepare
+from maese.train.compiling import compile_blocks, pays
+from maese.train.feed import Feed, gather
 from maese.train.guard import Halving, Spikes, no_room
 from maese.train.optim import optimizer as build_optimizer
 
@@ -59,6 +61,13 @@ class Session:
     halving: Halving = field(default_factory=lambda: Halving("cpu"))
     state: State = field(default_factory=State)
     stop_signal: int = 0
+    unpadded: bool = False  # whether the model takes documents one after the other, with no padding between them
+    compiled: list[Any] = field(default_factory=list)  # the blocks of the model that are
+
+    @cached_property
+    def feed(self) -> Feed:
+        """What the rows become before the model sees them."""
+        return Feed(lambda chosen: gather(self, chosen), self.accelerator.device)
 
     @property
     def main(self) -> bool:
@@ -92,6 +101,7 @@ class Session:
 
 def open_session(recipe: Recipe, run: runs.Run | None, watch: Watch) -> Session:
     """Load base and data, put the adapters on, and take hold of the run folder."""
+    allocator()
     import torch
     from accelerate import Accelerator
     from accelerate.utils import broadcast_object_list
@@ -133,6 +143,12 @@ def open_session(recipe: Recipe, run: runs.Run | None, watch: Watch) -> Session:
         here.device, recipe.train.memory_gib, accelerator.num_processes == 1,
         lambda used: no_room(accelerator.unwrap_model(model), optimizer, resolved, run.path, here.device, used),
     )  # fmt: skip
+    if here.device == "cuda":
+        from maese.model.attention import unpadded
+
+        session.unpadded = unpadded(model, recipe.data.max_length)
+    if pays(recipe.train, here.device, session.steps):
+        session.compiled = compile_blocks(model)
     return session
 
 
@@ -187,6 +203,7 @@ def closing(session: Session):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        session.feed.close()
         session.run.close()
         _let_go(session.accelerator)
 
