@@ -49,6 +49,16 @@ SIGNATURES = pytest.mark.parametrize("signature", [of_torch_2_10, of_torch_2_13]
 KINDS = pytest.mark.parametrize("kind", ["gpt2", "phi", "llama", "qwen3"])
 
 
+@pytest.fixture(autouse=True)
+def processor(monkeypatch):
+    """`processor()`: what a processor has. Without that, the machine is taken to have a card."""
+    from maese.model import attention
+
+    ours = attention.kernel
+    monkeypatch.setattr(attention, "kernel", lambda _device: attention.on_card())
+    return lambda: monkeypatch.setattr(attention, "kernel", ours)
+
+
 @pytest.fixture
 def card(monkeypatch):
     """`card(of_torch_2_10)`: a kernel with that signature, that takes fp32 so that it can be held against the rest."""
@@ -98,6 +108,53 @@ def test_a_flat_row_is_each_document_alone_in_loss_and_in_gradient(card, kind, s
     size = max(float(g.norm()) for g in apart.values())
     for name in apart:
         assert float((flat[name] - apart[name]).norm()) <= 1e-5 * max(float(apart[name].norm()), 1e-2 * size), name
+
+
+@KINDS
+def test_so_it_is_on_a_processor_with_a_kernel_of_ours(processor, kind):
+    from maese.evaluate.likelihood import loss_sum
+    from maese.model.attention import unpadded
+
+    processor()
+    model, some = make(kind, "sdpa"), documents()
+    expected = sum(alone(model, example) for example in some)
+    apart = gradients(model, expected)
+    assert unpadded(model, 40) and not model.training
+    whole = loss_sum(model, collate_flat(some, pad=1))
+    assert float(whole.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    flat = gradients(model, whole)
+    size = max(float(g.norm()) for g in apart.values())
+    for name in apart:
+        assert float((flat[name] - apart[name]).norm()) <= 1e-5 * max(float(apart[name].norm()), 1e-2 * size), name
+
+
+def test_on_a_processor_attention_may_drop_and_share_its_keys():
+    import torch
+
+    from maese.model.attention_cpu import documents as attention
+
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(12, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    borders = torch.tensor([0, 5, 6, 12], dtype=torch.int32)
+    out = attention(query, key, value, borders, 6, 0.3)
+    expected = slowly(query, key, value, borders, True, 0.3)
+    assert torch.allclose(out, expected, atol=1e-6)
+    pull = torch.randn_like(out)
+    ours, theirs = (torch.autograd.grad(x, (query, key, value), pull) for x in (out, expected))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, theirs, strict=True))
+    dropped = attention(query, key, value, borders, 6, 0.3, 0.5)
+    assert not torch.allclose(dropped, out) and bool(dropped.isfinite().all())
+    many = torch.stack([attention(query, key, value, borders, 6, 0.3, 0.2) for _ in range(2000)]).mean(0)
+    assert float((many - out).detach().abs().max()) < 0.15  # nothing but noise was added
+
+
+def test_blocks_hold_documents_of_like_length_and_every_token_once():
+    from maese.model.attention_cpu import _blocks
+
+    borders = (0, 3, 43, 44, 82, 122)
+    blocks, taken, back = _blocks(borders)
+    assert blocks == ((3, 40), (2, 3)) and taken[back].tolist() == list(range(122))
+    assert taken[-3:].tolist() == [43, 43, 43]  # a document of one token, repeated where nobody looks
 
 
 @KINDS

@@ -97,7 +97,10 @@ def test_a_run_without_padding_is_the_run_with_it(recipe, tiny_llama, opened, mo
     from maese.train.loop import train
 
     changes = (f"base={tiny_llama}", f"data.packing={packing}", "data.max_length=48")
+    monkeypatch.setattr(attention, "kernel", lambda _device: None)
     usual = train(recipe("output=usual", *changes))
+    assert next(e for e in usual.history() if e["type"] == "plan")["unpadded"] is False
+    monkeypatch.setattr(attention, "kernel", lambda _device: attention.on_card())
     monkeypatch.setattr(varlen, "varlen_attn", of_torch_2_13)
     monkeypatch.setattr(attention, "DTYPES", (torch.float32,))
     shapes = []
@@ -126,11 +129,13 @@ def test_no_pass_asks_the_card_for_a_number(recipe, tiny_llama, opened, monkeypa
     from maese.model import attention
     from maese.train import feed as feeds
     from maese.train import loop
+    from maese.train import step as steps
 
     def kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=0, enable_gqa=False):
         return attention.by_mask(*(x.transpose(0, 1)[None] for x in (query, key, value)), cu_seq_q, scale)[0]
 
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "kernel", lambda _device: attention.on_card())
     monkeypatch.setattr(attention, "DTYPES", (torch.float32,))
 
     def change(session):
@@ -152,24 +157,24 @@ def test_no_pass_asks_the_card_for_a_number(recipe, tiny_llama, opened, monkeypa
                 waits.append(name)
             return op(*args, **kwargs or {})
 
-    passes, read = loop._passes, loop._read
+    passes, read = steps._passes, steps._read
 
-    def watched(session, *rest):
+    def watched(session, *rest, **named):
         if session.state.step == 0:  # the first time, the head of the model is tried
-            return passes(session, *rest)
+            return passes(session, *rest, **named)
         with Watch():
-            return passes(session, *rest)
+            return passes(session, *rest, **named)
 
     def looked(*given):
         with Watch():
             return read(*given)
 
     opened(change)
-    monkeypatch.setattr(loop, "_passes", watched)
+    monkeypatch.setattr(steps, "_passes", watched)
     loop.train(recipe("output=once", f"base={tiny_llama}", "train.max_steps=3"))
     assert waits == []
-    monkeypatch.setattr(loop, "_passes", passes)
-    monkeypatch.setattr(loop, "_read", looked)
+    monkeypatch.setattr(steps, "_passes", passes)
+    monkeypatch.setattr(steps, "_read", looked)
     loop.train(recipe("output=again", f"base={tiny_llama}", "train.max_steps=3"))
     assert set(waits) <= {"_local_scalar_dense"} and len(waits) <= 3 * 2  # two numbers of one tensor, once a step
 
@@ -260,9 +265,9 @@ def test_without_a_compiler_it_goes_on_plain_and_says_so_once(recipe, tiny, monk
 
 
 def test_errors_that_are_not_the_compilers_are_not_hidden(recipe, monkeypatch):
-    from maese.train import loop
+    from maese.train import loop, step
 
-    monkeypatch.setattr(loop, "_passes", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes cannot be multiplied")))
+    monkeypatch.setattr(step, "_passes", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("shapes cannot be multiplied")))
     with pytest.raises(RuntimeError, match="multiplied"):
         loop.train(recipe("train.compile=true"))
 

@@ -226,9 +226,9 @@ def test_the_python_interface(recipe, here):
 @pytest.fixture
 def poison(monkeypatch):
     """`poison({4, 5})`: the loss of those steps is no number."""
-    from maese.train import loop
+    from maese.train import step
 
-    real = loop._passes
+    real = step._passes
 
     def put(steps):
         def poisoned(session, groups, weight):
@@ -239,7 +239,7 @@ def poison(monkeypatch):
                 parameter.grad.fill_(float("nan"))
             return float("nan")
 
-        monkeypatch.setattr(loop, "_passes", poisoned)
+        monkeypatch.setattr(step, "_passes", poisoned)
 
     return put
 
@@ -287,19 +287,19 @@ def test_rows_of_like_length_together_are_the_same_step(recipe, questions, tiny_
     """The weights of a step do not depend on which rows went through the model together (but for dropout's draws)."""
     from safetensors.torch import load_file
 
-    from maese.train import loop
+    from maese.train import step
 
     changes = (
         "data.sources=[{path: preguntas.txt}]", "data.format=qa", "data.max_length=128", "data.too_long=error",
         f"base={tiny_llama}", "train.max_steps=3", "train.micro_batch=4", "train.accumulation=2", "eval.prompts=[]",
     )  # fmt: skip
     grouped = load_file(train(recipe("output=juntas", *changes)).final / "model.safetensors")
-    before = loop.by_length
-    loop.by_length = lambda rows, lengths, room: [[row] for row in rows]
+    before = step.by_room
+    step.by_room = lambda rows, lengths, room: [[row] for row in rows]
     try:
         alone = load_file(train(recipe("output=solas", *changes)).final / "model.safetensors")
     finally:
-        loop.by_length = before
+        step.by_room = before
     assert max(float((grouped[name] - alone[name]).abs().max()) for name in grouped) < 1e-5
 
 
@@ -432,28 +432,6 @@ def test_the_rate_climbs_once_and_never_starts_at_zero(schedule):
     rates = [rate(step, 100, chosen) for step in range(100)]
     assert rates[0] > 0 and max(rates) == pytest.approx(1.0)
     assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
-
-
-@pytest.mark.slow
-def test_two_processes_learn_what_one_does(recipe, here):
-    """torchrun with two processes on this machine: the losses of one, also when a step leaves one without work."""
-    common = (
-        f"base={_no_dropout(here)}",
-        "train.max_steps=25",
-        "train.epochs=9",
-        "eval.prompts=[]",
-        "train.accumulation=3",
-    )
-    alone = train(recipe(*common, "output=one"))
-    recipe()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", "-m"]
-    command += ["maese", "train", "receta.yaml", "output=two", *common]
-    done = subprocess.run(command, cwd=here, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert len(list(here.glob("two*"))) == 1 and not (here / "metrics.json").exists()
-    assert done.stdout.split() == ["two"]
-    for one, other in zip(steps(alone), steps(Run("two")), strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
 
 
 def test_one_process_trains_twice_with_two_precisions(recipe):

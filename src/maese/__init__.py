@@ -39,12 +39,14 @@ class _Train(ModuleType):
         `watch(event)` sees every event as it happens.
         """
         from maese import recipe as recipes
+        from maese.run import first_process
         from maese.terminal import write_papers
         from maese.train.loop import train
 
         chosen = recipe if isinstance(recipe, recipes.Recipe) else recipes.load(recipe, changes)
         run = train(chosen, watch=watch)
-        write_papers(run)
+        if first_process():
+            write_papers(run)
         return run
 
 

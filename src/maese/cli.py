@@ -274,18 +274,15 @@ def run(arguments: list[str]) -> int:
     """The whole command line: runs it and turns what went wrong into words. Returns the exit code."""
     try:
         ended = cli.main(arguments, prog_name="maese", standalone_mode=False)
-        return ended if isinstance(ended, int) else 0
+        return _bye(ended if isinstance(ended, int) else 0)
     except MaeseError as problem:
-        click.echo(str(problem), err=True)
-        return problem.exit_code
+        return _bye(problem.exit_code, problem, agreed=problem.agreed)
     except click.ClickException as problem:
-        click.echo(str(usage_error(problem)), err=True)
-        return 2
+        return _bye(2, usage_error(problem))
     except click.exceptions.Exit as leaving:
         return leaving.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("", err=True)
-        return 130
+        return _bye(130, "")
     except BrokenPipeError:
         # Someone closed the other end (`| head`): there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -296,5 +293,18 @@ def run(arguments: list[str]) -> int:
 
         with tempfile.NamedTemporaryFile("w", prefix="maese-", suffix=".txt", delete=False, encoding="utf-8") as out:
             out.write(traceback.format_exc())
-        click.echo(str(MaeseError("BUG-01", path=out.name)), err=True)
-        return 3
+        return _bye(3, MaeseError("BUG-01", path=out.name))
+
+
+def _bye(code: int, problem: object = None, agreed: bool = False) -> int:
+    """Say what went wrong, if it is this process that should, and leave with the others that train."""
+    from maese.run import speaks
+
+    if problem is not None and speaks(agreed):
+        click.echo(str(problem), err=True)
+    if "maese.train.together" in sys.modules:
+        from maese.train.together import leave
+
+        # Of one that has gone (DIST-03) nobody knows whether it will ever come.
+        leave(wait=code == 0 or (agreed and getattr(problem, "code", "") != "DIST-03"))
+    return code

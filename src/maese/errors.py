@@ -16,6 +16,7 @@ class MaeseError(Exception):
     """
 
     exit_code = 1
+    agreed = False  # every process of the run has this error: the first one tells it for all
 
     def __init__(self, code: str, **facts: object) -> None:
         super().__init__(code, facts)

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import re
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,17 @@ def find(what: str | Path) -> Run:
 def first_process() -> bool:
     """Whether this is the process that speaks and writes, when several train together (torchrun sets RANK)."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def speaks(agreed: bool) -> bool:
+    """Whether this process tells an error: the first one does; another only what it alone has, or its machine.
+
+    Before the processes have met nobody knows what the others have; then one of each machine speaks.
+    """
+    if first_process() or agreed:
+        return first_process()
+    talk = sys.modules.get("torch.distributed")
+    return bool(talk and talk.is_initialized()) or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def environment() -> dict[str, Any]:

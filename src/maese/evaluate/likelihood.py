@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,6 +47,17 @@ def mean_loss(model: Any, examples: Sequence[Example], pad: int, micro_batch: in
 
     Rows of like length go together, which changes the time and not the figure.
     """
+    total, targets = loss_and_targets(model, examples, pad, micro_batch)
+    return total / max(1, targets), targets
+
+
+def loss_and_targets(
+    model: Any, examples: Sequence[Example], pad: int, micro_batch: int, rank: int = 0, world: int = 1
+) -> tuple[float, int]:
+    """The loss in nats summed over one share of the examples in `world`, and how many targets that has.
+
+    Every share takes the same number of passes, as models whose weights lie in pieces need.
+    """
     import torch
 
     was_training = model.training
@@ -56,13 +68,16 @@ def mean_loss(model: Any, examples: Sequence[Example], pad: int, micro_batch: in
     lengths = [len(example) for example in examples]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     with torch.no_grad():
-        for i in range(0, len(order), micro_batch):
+        starts = range(0, len(order), micro_batch)
+        for place in range(rank, math.ceil(len(starts) / world) * world, world):
+            i = starts[min(place, len(starts) - 1)]
             rows = [examples[row] for row in order[i : i + micro_batch]]
             batch = {k: v.to(device) for k, v in collate(rows, pad).items()}
-            total += float(loss_sum(model, batch))
-            targets += sum(example.targets for example in rows)
+            loss = float(loss_sum(model, batch))
+            if place < len(starts):
+                total, targets = total + loss, targets + sum(example.targets for example in rows)
     model.train(was_training)
-    return total / max(1, targets), targets
+    return total, targets
 
 
 def refuse_blended(model: Any, base: str) -> None:

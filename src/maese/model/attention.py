@@ -16,6 +16,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from maese.model.attention_cpu import documents
 from maese.model.head import _causal
 from maese.tokens.batches import collate_flat
 from maese.tokens.template import Example
@@ -35,7 +37,13 @@ WIDEST, MULTIPLE = 256, 8  # a head it takes is no wider than this, and a multip
 # but there the two sides have the same shape, and with it the same order of sums.
 ROUNDING, NOTHING = 5e-2, 1e-3
 
-Kernel = Callable[..., torch.Tensor]
+
+@dataclass(frozen=True)
+class Kernel:
+    """Attention over documents, and whether it takes given queries, values and dropout."""
+
+    run: Callable[..., torch.Tensor]
+    takes: Callable[[torch.Tensor, torch.Tensor, float], bool] = lambda *_: True
 
 
 class Cannot(RuntimeError):
@@ -46,8 +54,16 @@ _kernel: Kernel | None = None
 _met: list[tuple[Any, ...]] | None = None  # while a model is tried: what the kernel was asked for; else None
 
 
-def kernel() -> Kernel | None:
-    """`run(query_THD, key, value, borders, longest, scale)`, causal: torch's `varlen_attn`, or None where it has none.
+def kernel(device: str) -> Kernel | None:
+    """`run(query_THD, key, value, borders, longest, scale, dropout)`, causal, and what it takes; None where none is.
+
+    On a processor our own (`model.attention_cpu`), on a card torch's.
+    """
+    return Kernel(documents) if device == "cpu" else on_card()
+
+
+def on_card() -> Kernel | None:
+    """The kernel around torch's `varlen_attn`, which knows no dropout.
 
     torch 2.10 and 2.11 call it `is_causal` and know no scale nor shared keys; later ones have a `window_size`.
     """
@@ -64,7 +80,9 @@ def kernel() -> Kernel | None:
         return None
     shares, scales = "enable_gqa" in takes, "scale" in takes
 
-    def run(query: Any, key: Any, value: Any, borders: Any, longest: int, scale: float) -> torch.Tensor:
+    def run(
+        query: Any, key: Any, value: Any, borders: Any, longest: int, scale: float, _dropout: float = 0.0
+    ) -> torch.Tensor:
         more = dict(causal)
         if query.shape[1] != key.shape[1]:
             if shares:
@@ -78,7 +96,7 @@ def kernel() -> Kernel | None:
         out: Any = varlen_attn(query, key, value, borders, borders, longest, longest, **more)
         return out
 
-    return run
+    return Kernel(run, fits)
 
 
 def attend(
@@ -103,20 +121,20 @@ def attend(
     window = window if window is not None and window < longest else None
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     query, key, value = _of_one_dtype(query, key, value)
-    if _kernel is not None and not dropout and window is None and fits(query, value):
+    if _kernel is not None and window is None and _kernel.takes(query, value, dropout):
         if _met is not None:
             _met.append((query.shape[1], key.shape[1], query.shape[3], scale, query.dtype, query.device))
-        out = _kernel(*(x[0].transpose(0, 1) for x in (query, key, value)), borders, longest, scale)
+        out = _kernel.run(*(x[0].transpose(0, 1) for x in (query, key, value)), borders, longest, scale, dropout)
         return out[None], None
     if _met is not None:
         raise Cannot("dropout, a window, the width of a head or its dtype")
     return by_mask(query, key, value, borders, scale, dropout, window), None
 
 
-def fits(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether the kernel takes heads of this dtype and width."""
+def fits(query: torch.Tensor, value: torch.Tensor, dropout: float) -> bool:
+    """Whether the kernel of a card takes heads of this dtype and width, and drops as much: nothing."""
     wide = query.shape[-1]
-    return query.dtype in DTYPES and wide == value.shape[-1] and wide <= WIDEST and wide % MULTIPLE == 0
+    return not dropout and query.dtype in DTYPES and wide == value.shape[-1] and wide <= WIDEST and wide % MULTIPLE == 0
 
 
 def by_mask(
@@ -145,13 +163,13 @@ def unpadded(model: Any, longest: int) -> bool:
     """Have a model take rows of `collate_flat`, with documents up to `longest` tokens, if it can do so rightly.
 
     Not believed but tried, forward on the model (wrapped or not, where it trains) and backward on heads like its own;
-    with any doubt it stays as it was. A model that drops out attention, or caps it, or slides, cannot.
+    with any doubt it stays as it was. A model that caps its attention or slides cannot; nor, on a card, one that drops.
     """
     global _kernel, _met
     inner = _causal(model)
     before = getattr(inner.config, "_attn_implementation", None)
-    _kernel = kernel()
-    if _kernel is None or before != "sdpa":
+    _kernel = kernel(next(model.parameters()).device.type)
+    if _kernel is None or before not in ("sdpa", NAME):
         return False
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -221,7 +239,7 @@ def _agrees(heads: int, shared: int, wide: int, scale: float, dtype: torch.dtype
         query, key, value = (x.to(dtype).to(kind).requires_grad_() for x in drawn)
         with torch.enable_grad(), torch.autocast(device.type, enabled=False):
             if ours:
-                out = _kernel(*(x[0].transpose(0, 1) for x in (query, key, value)), borders, 64, scale)[None]
+                out = _kernel.run(*(x[0].transpose(0, 1) for x in (query, key, value)), borders, 64, scale)[None]
             else:
                 out = by_mask(query, key, value, borders, scale)
             found.append([out, *torch.autograd.grad(out, (query, key, value), pull.to(kind))])

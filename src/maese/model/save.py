@@ -16,18 +16,20 @@ from maese.tokens.template import Renderer
 
 
 def save_final(
-    model: Any, tokenizer: Any, folder: Path, recipe: Recipe, base: Path, renderer: Renderer | None = None
-) -> None:
+    model: Any, tokenizer: Any, folder: Path, recipe: Recipe, base: Path, renderer: Renderer | None = None,
+    weights: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Write model or adapter, tokenizer and generation settings, whole or not at all.
 
     With the `renderer` of its conversations, the tokenizer carries the same template and the settings its end tokens.
+    `weights` are the model's own, gathered, where they lie in pieces on several processes.
     """
     draft = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     with disk(folder):
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         try:
-            _save_weights(model, draft, recipe, base)
+            _save_weights(model, draft, recipe, base, weights)
             settings = generation_config(model, recipe)
             if renderer:
                 tokenizer.chat_template = renderer.jinja
@@ -48,11 +50,11 @@ def save_final(
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _save_weights(model: Any, folder: Path, recipe: Recipe, base: Path) -> None:
+def _save_weights(model: Any, folder: Path, recipe: Recipe, base: Path, weights: dict[str, Any] | None = None) -> None:
     from safetensors import SafetensorError
 
     try:
-        model.save_pretrained(folder, safe_serialization=True)
+        model.save_pretrained(folder, safe_serialization=True, **({"state_dict": weights} if weights else {}))
     except SafetensorError as problem:  # it wraps the system's own words about a full disk
         raise OSError(28, str(problem)) from problem
     in_folder = recipe.base != "embedded" and Path(recipe.base).expanduser().is_dir()

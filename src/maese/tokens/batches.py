@@ -100,6 +100,25 @@ def by_length(rows: Sequence[int], lengths: Sequence[int] | np.ndarray, room: in
     return groups
 
 
+def by_room(rows: Sequence[int], lengths: Sequence[int] | np.ndarray, room: int) -> list[list[int]]:
+    """The rows, from the longest, in groups of about as many tokens each and no more than `room`, or one row.
+
+    For rows that go through with no padding: `by_room([0, 1, 2], [5, 4, 4], 8)` is `[[0], [1, 2]]`.
+    """
+    ordered = sorted(rows, key=lambda row: -int(lengths[row]))
+    total = sum(int(lengths[row]) for row in ordered)
+    share = total / max(1, math.ceil(total / room))
+    groups: list[list[int]] = []
+    held = 0
+    for row in ordered:
+        if not groups or held >= share or held + int(lengths[row]) > room:
+            groups.append([])
+            held = 0
+        groups[-1].append(row)
+        held += int(lengths[row])
+    return groups
+
+
 def collate(examples: list[Example], pad: int) -> dict[str, Any]:
     """Rows of one micro-batch as tensors (B, T): input_ids, attention_mask, labels.
 

@@ -21,16 +21,19 @@ from typing import Any
 from maese import recipe as recipes
 from maese.errors import MaeseError
 from maese.run import disk, sync
-from maese.train.guard import rng_state, set_rng_state, truth
+from maese.train.guard import rng_state, set_rng_state
+from maese.train.sharding import as_pieces, gathered
+from maese.train.together import Together
 
 MANIFEST = "MANIFEST.json"
+ALONE = Together()
 MARGIN = 64 << 20  # bytes left free beside what is written: events, the report, other programs
 
 # What a resumed run may have otherwise than before: it changes when things are told or kept, and not what is learnt.
 # The base and the texts are known by their content, wherever they lie now.
 FREE = re.compile(
     r"name|output|base|data\.sources\.\d+\.path|(eval|generate)\..+"
-    r"|train\.(save_every|keep|device|memory_gib|patience|final|gradient_checkpointing|micro_batch|accumulation)"
+    r"|train\.(save_every|keep|device|compile|memory_gib|patience|final|gradient_checkpointing|micro_batch|accumulation)"
 )
 
 
@@ -45,6 +48,7 @@ def save(
     recipe: dict[str, Any] | None = None,
     scaler: Any = None,
     spare: Collection[int] = (),
+    together: Together = ALONE,
 ) -> Path:
     """Write the checkpoint of a step and let go of those beyond `keep`, but for the steps in `spare`.
 
@@ -54,12 +58,14 @@ def save(
     if not folder.parent.is_dir():  # to make it again would hide that the run has lost everything else
         raise MaeseError("DISK-04", path=str(folder.parent))
     tensors = {
-        "model": trainable(model, optimizer),
-        "optimizer": optimizer_tensors(model, optimizer),
+        "model": trainable(model, here=together.rank == 0),
+        "optimizer": optimizer_tensors(model, optimizer, here=together.rank == 0),
         "rng": rng_state(),
     }
     facts = {"step": step, "state": state, "recipe": recipe, "scaler": scaler.state_dict() if scaler else None}
-    final = _put(folder, f"step-{step:06d}", tensors, facts)
+    final = together.first(lambda: _put(folder, f"step-{step:06d}", tensors, facts))
+    if together.rank:
+        return Path(final)
     # What is damaged is not counted, or it would push out one that is whole.
     for old in [path for path in saved(folder) if intact(path)][:-keep]:
         if int(old.name[5:]) not in spare:
@@ -110,8 +116,8 @@ def room(folder: Path, size: int) -> None:
 
 def weight(model: Any, optimizer: Any) -> int:
     """Bytes of a checkpoint; before the first step AdamW's two moments are counted, which are not there yet."""
-    trained = [truth(optimizer, p) for p in model.parameters() if p.requires_grad]
-    states = [v for p in trained for v in optimizer.state.get(p, {}).values()]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    states = [v for p in trained for v in optimizer.state.get(p, {}).values() if hasattr(v, "numel")]
     weights = _bytes(trained)
     return weights + max(_bytes(states), 2 * weights)
 
@@ -222,15 +228,19 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def restore(path: Path, model: Any, optimizer: Any, scaler: Any = None) -> None:
     """Put weights, optimizer, random state and the fp16 scaler back as they were."""
+    import torch
     from safetensors.torch import load_file
 
-    load_weights(path, model, optimizer)
+    load_weights(path, model)
     tensors = load_file(path / "optimizer.safetensors")
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             found = {k.rsplit("|", 1)[1]: v for k, v in tensors.items() if k.rsplit("|", 1)[0] == name}
             # The count of steps stays where the fused kernel wants it, beside the parameter.
-            optimizer.state[truth(optimizer, parameter)] = {k: v.to(parameter.device) for k, v in found.items()}
+            put = {k: as_pieces(v.to(parameter.device), parameter) for k, v in found.items()}
+            # bitsandbytes counts in plain integers, which a file of tensors cannot hold.
+            counts = {k: int(v) for k, v in put.items() if v.dtype == torch.int64 and not v.ndim}
+            optimizer.state[parameter] = put | counts
     if scaler and (kept := manifest_of(path)["scaler"]):
         scaler.load_state_dict(kept)
     set_rng_state(load_file(path / "rng.safetensors"))
@@ -241,11 +251,12 @@ def best(folder: Path, step: int) -> Path:
     return folder / f"best-{step:06d}"
 
 
-def save_best(folder: Path, step: int, model: Any, optimizer: Any = None) -> Path:
+def save_best(folder: Path, step: int, model: Any, together: Together = ALONE) -> Path:
     """Write the weights that train, alone: the optimizer is of no use to them. Errors: those of `save`."""
     if not folder.parent.is_dir():
         raise MaeseError("DISK-04", path=str(folder.parent))
-    return _put(folder, best(folder, step).name, {"model": trainable(model, optimizer)}, {"step": step})
+    tensors = {"model": trainable(model, here=together.rank == 0)}
+    return Path(together.first(lambda: _put(folder, best(folder, step).name, tensors, {"step": step})))
 
 
 def keep_best(folder: Path, step: int) -> None:
@@ -258,8 +269,8 @@ def keep_best(folder: Path, step: int) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def load_weights(folder: Path, model: Any, optimizer: Any = None) -> None:
-    """Put saved weights into what learns, and from there into the model where that is another tensor."""
+def load_weights(folder: Path, model: Any) -> None:
+    """Put saved weights into what learns."""
     import torch
     from safetensors.torch import load_file
 
@@ -267,23 +278,23 @@ def load_weights(folder: Path, model: Any, optimizer: Any = None) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                truth(optimizer, parameter).copy_(saved[name])
-    if hasattr(optimizer, "publish"):
-        optimizer.publish()
+                parameter.copy_(as_pieces(saved[name].to(parameter.device), parameter))
 
 
-def trainable(model: Any, optimizer: Any = None) -> dict[str, Any]:
-    """What learns, by name and in the precision it learns in."""
+def trainable(model: Any, here: bool = True) -> dict[str, Any]:
+    """What learns, by name and in the precision it learns in; not `here`, pieces are only given to who gathers them."""
     named = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    return {name: truth(optimizer, p).detach().cpu().contiguous() for name, p in named}
+    return {name: gathered(p, here) for name, p in named}
 
 
-def optimizer_tensors(model: Any, optimizer: Any) -> dict[str, Any]:
+def optimizer_tensors(model: Any, optimizer: Any, here: bool = True) -> dict[str, Any]:
     """The optimizer's state by name of parameter: `{"transformer.wte.weight|exp_avg": …}`."""
+    import torch
+
     return {
-        f"{name}|{key}": value.detach().cpu().contiguous()
+        f"{name}|{key}": gathered(torch.as_tensor(value), here)
         for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(truth(optimizer, parameter), {}).items()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 

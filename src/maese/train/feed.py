@@ -27,8 +27,7 @@ def gather(session: Session, chosen: list[Any]) -> Batch:
     """The rows of one group as tensors: without padding where the model takes that, else packed or padded."""
     rows, data, pad = session.data.train, session.recipe.data, load.pad_id(session.tokenizer)
     if session.unpadded:
-        numbers = [i for row in chosen for i in (row if isinstance(row, list) else [row])]
-        return collate_flat([rows[i] for i in numbers], pad)
+        return collate_flat([rows[i] for i in chosen], pad)
     if data.packing:
         return collate_packed([[rows[i] for i in packed] for packed in chosen], pad, data.max_length)
     return collate([rows[i] for i in chosen], pad)

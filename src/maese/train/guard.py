@@ -221,13 +221,11 @@ def no_room(model: Any, optimizer: Any, recipe: Recipe, run: Any, device: str, u
     """
     every = list(model.parameters())
     trained = [p for p in every if p.requires_grad]
-    moved = [truth(optimizer, p) for p in trained]  # in fp32 where the model itself is in fewer bits
-    masters = _gib([m for m, p in zip(moved, trained, strict=True) if m is not p])
     states = _gib([v for state in optimizer.state.values() for v in state.values() if hasattr(v, "numel")])
     # Before the first step the optimizer holds nothing yet, and will hold two numbers in fp32 for each weight.
-    kept = masters + (states or sum(p.numel() for p in trained) * 8 / 2**30)
-    facts: dict[str, Any] = {"weights": _gib(every), "gradients": _gib(moved), "optimizer": kept}
-    rest = max(0.0, used - facts["weights"] - masters - states)
+    kept = states or sum(p.numel() for p in trained) * 8 / 2**30
+    facts: dict[str, Any] = {"weights": _gib(every), "gradients": _gib(trained), "optimizer": kept}
+    rest = max(0.0, used - facts["weights"] - states)
     length = recipe.data.max_length
     typed = f"maese train {shlex.quote(f'{run}/recipe.yaml')} output={shlex.quote(f'{run}-2')}"
     ways = [(f"data.max_length={max(8, length // 2)}", "shorter", rest / 2)]
@@ -238,11 +236,6 @@ def no_room(model: Any, optimizer: Any, recipe: Recipe, run: Any, device: str, u
     repairs = "\n".join(f"{typed} {change}   ({say(f'memory.repair.{key}', gib=gib)})" for change, key, gib in ways)
     facts |= {"rest": rest, "used": used, "length": length, "repairs": repairs}
     return MaeseError("MEM-01", **facts) if device == "cuda" else MaeseError("MEM-02", **facts)
-
-
-def truth(optimizer: Any, parameter: Any) -> Any:
-    """What learns for a parameter: its master in fp32 where the optimizer keeps one (`masters`), or itself."""
-    return optimizer.truth(parameter) if hasattr(optimizer, "truth") else parameter
 
 
 def _gib(tensors: Sequence[Any]) -> float:

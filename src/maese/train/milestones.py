@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
+from typing import Any
 
-from maese.evaluate.likelihood import mean_loss
+from maese.evaluate.likelihood import loss_and_targets
 from maese.generate.engine import Writer
 from maese.model import load
 from maese.model.fingerprint import parameters
@@ -14,6 +15,7 @@ from maese.plan.machine import memory_peak_gib
 from maese.tokens.template import open_template
 from maese.train import checkpoint
 from maese.train.session import Session
+from maese.train.sharding import whole_state
 
 # Samples on the way are a glance; the full length is for the end.
 GLANCE_TOKENS = 48
@@ -28,9 +30,18 @@ def plan(session: Session) -> None:
         targets=facts["train"]["targets"], validation_rows=facts["validation"]["rows"],
         validation_tokens=facts["validation"]["targets"], steps=session.steps, epochs=train.epochs,
         micro_batch=train.micro_batch, accumulation=train.accumulation, max_length=session.recipe.data.max_length,
-        run=str(session.run.path), format=session.data.format, unpadded=session.unpadded,
-        compiled=bool(session.compiled), **session.machine.facts(),
+        run=str(session.run.path), format=session.data.format, processes=session.together.world,
+        sharded=session.together.sharded, unpadded=session.unpadded, compiled=bool(session.compiled),
+        **session.machine.facts(),
     )  # fmt: skip
+    if (rows := train.micro_batch * train.accumulation) < session.together.world:
+        facts = {"rows": rows, "world": session.together.world, "accumulation": _enough(session)}
+        session.tell("warning", step=session.state.step, code="DIST-02", facts=facts)
+
+
+def _enough(session: Session) -> int:
+    """Micro-batches in a step that give every process a row."""
+    return math.ceil(session.together.world / session.recipe.train.micro_batch)
 
 
 def look(session: Session, final: bool) -> None:
@@ -40,20 +51,29 @@ def look(session: Session, final: bool) -> None:
     if len(session.data.validation) and not final:
         with session.accelerator.autocast():
             pad = load.pad_id(session.tokenizer)
-            loss, targets = mean_loss(session.model, session.data.validation, pad, max(4, recipe.train.micro_batch))
+            sizes = (max(4, recipe.train.micro_batch), session.together.rank, session.together.world)
+            total, counted = session.together.sums(*loss_and_targets(model, session.data.validation, pad, *sizes))
+        loss, targets = total / max(1, counted), int(counted)
         # The untouched base is the measure, not a candidate: final/ holds weights that were trained.
         best = state.step > 0 and (state.best_loss is None or loss < state.best_loss)
         state.worse = 0 if best or not state.step else state.worse + 1
         if best:
             state.best_loss, state.best_step = loss, state.step
-            if recipe.train.final == "best" and state.step < session.steps and session.main:
-                path = checkpoint.save_best(session.run.checkpoints, state.step, model)
+            if recipe.train.final == "best" and state.step < session.steps:
+                path = checkpoint.save_best(session.run.checkpoints, state.step, model, together=session.together)
                 session.tell("saved", step=state.step, what="best", path=str(path))
         perplexity = math.exp(min(loss, 700))
         session.tell("validation", step=state.step, loss=loss, perplexity=perplexity, tokens=targets, best=best)
     whole = final or state.step == 0
-    if not session.main or (not whole and state.step == session.steps):
-        return
+    if whole or state.step < session.steps:
+        # With its weights in pieces a model speaks only when all processes have it speak, the same.
+        speak = session.together.each if session.together.sharded else session.together.first
+        speak(lambda: samples(session, model, whole, final))
+
+
+def samples(session: Session, model: Any, whole: bool, final: bool) -> None:
+    """Let the model answer the first prompt of the evaluation in a few words, or all of them at length."""
+    state, recipe = session.state, session.recipe
     was_training = model.training
     model.eval()
     short = min(GLANCE_TOKENS, recipe.generate.max_new_tokens)
@@ -67,20 +87,19 @@ def look(session: Session, final: bool) -> None:
 
 
 def save(session: Session) -> None:
-    if not session.main:
-        return
     model, optimizer = session.accelerator.unwrap_model(session.model), session.optimizer.optimizer
     state = {
         **session.state.__dict__,
-        "base_sha256": load.weights_hash(session.base),
+        "base_sha256": load.weights_hash(session.base) if session.main else "",
         "spikes": asdict(session.spikes),
         "halvings": session.halving.times,
     }
     path = checkpoint.save(
         session.run.checkpoints, session.state.step, model, optimizer, state, session.recipe.train.keep,
-        recipe=session.recipe.model_dump(mode="json"), scaler=session.accelerator.scaler,
+        recipe=session.recipe.model_dump(mode="json"), scaler=session.accelerator.scaler, together=session.together,
     )  # fmt: skip
-    checkpoint.keep_best(session.run.checkpoints, session.state.best_step)
+    if session.main:
+        checkpoint.keep_best(session.run.checkpoints, session.state.best_step)
     session.tell("saved", step=session.state.step, what="checkpoint", path=str(path))
 
 
@@ -90,14 +109,19 @@ def finish(session: Session, reason: str) -> None:
     model = session.accelerator.unwrap_model(session.model)
     chosen = state.step
     best = checkpoint.best(session.run.checkpoints, state.best_step)
-    if recipe.train.final == "best" and best.is_dir() and state.best_step != state.step:
+    kept = session.together.first(best.is_dir)
+    if recipe.train.final == "best" and kept and state.best_step != state.step:
         checkpoint.load_weights(best, model)
         chosen = state.best_step
-    if session.main:
+    weights = whole_state(model, session.main) if session.together.sharded else None
+
+    def write() -> None:
         talks = recipe.data.format != "text"
         renderer = open_template(recipe.data.template, session.tokenizer) if talks else None
-        save_final(model, session.tokenizer, session.run.final, recipe, session.base, renderer)
-        session.tell("saved", step=chosen, what="final", path=str(session.run.final))
+        save_final(model, session.tokenizer, session.run.final, recipe, session.base, renderer, weights)
+
+    session.together.first(write)
+    session.tell("saved", step=chosen, what="final", path=str(session.run.final))
     look(session, final=True)
     end(session, reason, chosen)
     session.note(status="finished", step=state.step, final_step=chosen)

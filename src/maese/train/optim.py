@@ -1,7 +1,7 @@
 """The optimizer, its groups, and the rate of each step.
 
 optimizer(model, train)                          AdamW in fp32, as the recipe says
-optimizer(model, train, "muon", masters=True)    Muon for the body, weights in bf16 with masters in fp32
+optimizer(model, train, "muon")                  Muon for the body, AdamW for the rest
 rate(0, 100, train)                              plain arithmetic, the same on every machine
 """
 
@@ -18,19 +18,14 @@ BETAS = (0.9, 0.999)
 DECAY = 0.2  # share of the steps in which wsd comes down
 
 
-def optimizer(model: Any, train: Train, kind: Kind = "adamw", masters: bool = False) -> Any:
-    """The optimizer over what trains, its weights in bf16 with fp32 masters if so wanted (`Masters`).
+def optimizer(model: Any, train: Train, kind: Kind = "adamw") -> Any:
+    """The optimizer over what trains, in fp32.
 
     adamw: Loshchilov and Hutter 2017, arXiv 1711.05101. adamw8bit: its state in 8 bits (Dettmers et al. 2021, arXiv
     2110.02861), paged: the same, in memory that the card lends to the processor. muon: see `train.muon`.
     Error: DEP-01 (8 bits without bitsandbytes).
     """
-    made = groups(model, train, kind)
-    if not masters:
-        return build(made, train, kind)
-    from maese.train.masters import Masters
-
-    return Masters(made, lambda mirrored: build(mirrored, train, kind))
+    return build(groups(model, train, kind), train, kind)
 
 
 def groups(model: Any, train: Train, kind: Kind = "adamw") -> list[dict[str, Any]]:

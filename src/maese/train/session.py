@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -27,8 +28,11 @@ from maese.train.compiling import compile_blocks, pays
 from maese.train.feed import Feed, gather
 from maese.train.guard import Halving, Spikes, no_room
 from maese.train.optim import optimizer as build_optimizer
+from maese.train.sharding import accelerator_of, refuse_sharded
+from maese.train.together import Together, alone, gone, join
 
 Watch = Callable[[runs.Event], object] | None
+ECHO = 5.0  # seconds in which a signal that comes again is the same one: launchers repeat it to their processes
 
 
 @dataclass
@@ -60,7 +64,9 @@ class Session:
     spikes: Spikes = field(default_factory=Spikes)
     halving: Halving = field(default_factory=lambda: Halving("cpu"))
     state: State = field(default_factory=State)
-    stop_signal: int = 0
+    together: Together = field(default_factory=Together)
+    stop_signal: int = 0  # what this process was asked
+    agreed_signal: int = 0  # what all know, of several, that one was asked
     unpadded: bool = False  # whether the model takes documents one after the other, with no padding between them
     compiled: list[Any] = field(default_factory=list)  # the blocks of the model that are
 
@@ -72,6 +78,21 @@ class Session:
     @property
     def main(self) -> bool:
         return self.accelerator.is_main_process
+
+    @property
+    def inner(self) -> tuple[Any, Any]:
+        """The model and the optimizer without what distribution wraps them in."""
+        return self.accelerator.unwrap_model(self.model), self.optimizer.optimizer
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows of several examples go through the model as rows: where padding is none, so are rows."""
+        return self.recipe.data.packing and not self.unpadded
+
+    @property
+    def stopping(self) -> int:
+        """The signal that ends the run after this step; several processes know it at the same step, or none does."""
+        return self.stop_signal if self.together.world == 1 else self.agreed_signal
 
     @cached_property
     def rows(self) -> int:
@@ -102,54 +123,82 @@ class Session:
 def open_session(recipe: Recipe, run: runs.Run | None, watch: Watch) -> Session:
     """Load base and data, put the adapters on, and take hold of the run folder."""
     allocator()
-    import torch
-    from accelerate import Accelerator
-    from accelerate.utils import broadcast_object_list
-
     here = machine(recipe.train)
     load.quiet()
+    accelerator = accelerator_of(here)
+    try:
+        return _open(recipe, run, watch, here, accelerator, join(accelerator))
+    except BaseException:
+        _let_go(accelerator)
+        raise
+
+
+def _open(
+    recipe: Recipe, run: runs.Run | None, watch: Watch, here: Machine, accelerator: Any, together: Together
+) -> Session:
+    import torch
+
+    from maese.model.attention import unpadded
+    from maese.model.quick import quicken
+
+    if together.sharded:
+        together.each(lambda: refuse_sharded(recipe))
+    base, tokenizer, model = together.each(lambda: _load(recipe, here))
+
+    def ready() -> Prepared:
+        return prepare(recipe.data, tokenizer, load.context_of(model), recipe.eval.prompts, _telling(watch))
+
+    if together.world > 1:  # one prepares, and the others find it prepared, also where a shared disk knows no locks
+        together.first(lambda: bool(ready()))
+    data = together.each(ready)
+    if recipe.data.packing:
+        together.each(lambda: refuse_blended(model, recipe.base))
+    torch.manual_seed(recipe.train.seed)
+    if recipe.method.kind == "lora":
+        model = together.each(lambda: adapter.add_lora(model, recipe.method))
+    quicken(model)
+    if recipe.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    optimizer = together.each(lambda: build_optimizer(model, recipe.train, recipe.train.optimizer))
+    model, optimizer = accelerator.prepare(model, optimizer)
+    # The saved recipe repeats this run on a file whose shape it no longer guesses.
+    resolved = recipe.model_copy(update={"data": recipe.data.model_copy(update={"format": data.format})})
+    # Every process must know the folder that the first one took.
+    owned = together.each(lambda: _take(resolved, run, here, together.world) if together.rank == 0 else None)
+    path = together.tell(owned and str(owned.path))[0]
+    run = owned or runs.Run(path)
+    session = Session(run, resolved, model, tokenizer, data, here, accelerator, base, watch, optimizer)
+    session.together = together
+    session.halving = Halving(
+        here.device, recipe.train.memory_gib, together.world == 1,
+        lambda used: no_room(accelerator.unwrap_model(model), optimizer, resolved, run.path, here.device, used),
+    )  # fmt: skip
+    session.unpadded = together.each(lambda: unpadded(model, recipe.data.max_length))
+    if pays(recipe.train, here.device, session.steps):
+        session.compiled = compile_blocks(model)
+    return session
+
+
+def _load(recipe: Recipe, here: Machine) -> tuple[Path, Any, Any]:
+    """The folder of the base, its tokenizer and its model, with which data can be prepared."""
     base = load.resolve(recipe.base)
     load.check(base)  # before the tokenizer, whose absence would be told instead
     tokenizer = load.load_tokenizer(base)
     # Frozen weights can stay in few bits; what trains keeps 32, or small updates would be rounded away.
     frozen = recipe.method.kind == "lora" and here.precision != "fp32"
-    model = load.load_model(base, here.precision if frozen else "fp32")
-    data = prepare(recipe.data, tokenizer, load.context_of(model), recipe.eval.prompts, _telling(watch))
-    if recipe.data.packing:
-        refuse_blended(model, recipe.base)
-    torch.manual_seed(recipe.train.seed)
-    if recipe.method.kind == "lora":
-        model = adapter.add_lora(model, recipe.method)
-    if recipe.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
-    kind = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[here.precision]
-    accelerator = Accelerator(mixed_precision=kind, cpu=here.device == "cpu")
-    model, optimizer = accelerator.prepare(model, build_optimizer(model, recipe.train, recipe.train.optimizer))
-    # The saved recipe repeats this run on a file whose shape it no longer guesses.
-    resolved = recipe.model_copy(update={"data": recipe.data.model_copy(update={"format": data.format})})
-    if accelerator.is_main_process:
-        if run is None:
-            run = runs.create(resolved)
-            run.write("recipe.yaml", recipes.dump(anywhere(resolved)))
-            run.write("environment.json", runs.environment() | {"device": here.facts()})
-        else:
-            run.open_for_writing()
-    # Every process must know the folder that the first one took.
-    (path,) = broadcast_object_list([str(run.path) if run else None])
-    run = run or runs.Run(path)
-    session = Session(run, resolved, model, tokenizer, data, here, accelerator, base, watch, optimizer)
-    session.halving = Halving(
-        here.device, recipe.train.memory_gib, accelerator.num_processes == 1,
-        lambda used: no_room(accelerator.unwrap_model(model), optimizer, resolved, run.path, here.device, used),
-    )  # fmt: skip
-    if here.device == "cuda":
-        from maese.model.attention import unpadded
+    return base, tokenizer, load.load_model(base, here.precision if frozen else "fp32")
 
-        session.unpadded = unpadded(model, recipe.data.max_length)
-    if pays(recipe.train, here.device, session.steps):
-        session.compiled = compile_blocks(model)
-    return session
+
+def _take(recipe: Recipe, run: runs.Run | None, here: Machine, processes: int) -> runs.Run:
+    """The folder of the run, ours to write in: a new one, or that of a run that goes on."""
+    if run is None:
+        run = runs.create(recipe)
+        run.write("recipe.yaml", recipes.dump(anywhere(recipe)))
+        run.write("environment.json", runs.environment() | {"device": here.facts(), "processes": processes})
+    else:
+        run.open_for_writing()
+    return run
 
 
 def _telling(watch: Watch) -> Callable[[int], object] | None:
@@ -185,21 +234,25 @@ def anywhere(recipe: Recipe) -> Recipe:
 def closing(session: Session):
     """Stop politely on the first Ctrl+C or SIGTERM, at once on the second; let go of the folder whatever happens."""
 
+    asked = [0.0]
+
     def ask(number: int, _frame: Any) -> None:
-        if session.stop_signal:
+        if session.stop_signal and (session.together.world == 1 or time.monotonic() - asked[0] > ECHO):
             raise KeyboardInterrupt
-        session.stop_signal = number
+        if not session.stop_signal:
+            session.stop_signal, asked[0] = number, time.monotonic()
 
     ours = threading.current_thread() is threading.main_thread()
     before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)} if ours else {}
     try:
         yield
-    except MaeseError as problem:
-        if not isinstance(problem, Interrupted):
+    except Exception as found:
+        problem = alone() if session.together.world > 1 and gone(found) else found
+        if isinstance(problem, MaeseError) and not isinstance(problem, Interrupted):
             # A disk that is still full must not hide what brought us here.
             with suppress(MaeseError, OSError):
                 session.note(status="error", step=session.state.step, code=problem.code)
-        raise
+        raise problem from (None if problem is found else found)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

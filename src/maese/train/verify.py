@@ -16,9 +16,9 @@ from pathlib import Path
 from maese.errors import MaeseError
 from maese.run import Run
 from maese.train import checkpoint
-from maese.train.loop import _order, _step
 from maese.train.optim import rate
 from maese.train.session import Session, closing, open_session
+from maese.train.step import order, take_step
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,12 @@ def verify(run: Run, steps: int | None = None) -> Verified:
 
 def _repeat(session: Session, path: Path, first: int, last: int) -> dict[int, tuple[float, float]]:
     """Loss and norm of each step from `first`, whose checkpoint is at `path`, to `last`."""
-    checkpoint.restore(path, session.accelerator.unwrap_model(session.model), session.optimizer.optimizer)
+    checkpoint.restore(path, *session.inner)
     session.model.train()
     found = {}
-    for step, micro_batches in enumerate(_order(session, first, last), start=first):
+    for step, (micro_batches, _) in enumerate(order(session, first, last), start=first):
         session.state.step = step
-        loss, norm, *_ = _step(session, micro_batches, rate(step, session.steps, session.recipe.train))
+        loss, norm, *_ = take_step(session, micro_batches, rate(step, session.steps, session.recipe.train))
         found[step + 1] = (loss, norm)
     return found
 
@@ -83,7 +83,7 @@ def _differences(session: Session, path: Path) -> dict[str, float]:
     from safetensors.torch import load_file
 
     kept = load_file(path / "model.safetensors")
-    now = checkpoint.trainable(session.accelerator.unwrap_model(session.model), session.optimizer.optimizer)
+    now = checkpoint.trainable(session.inner[0])
     return {
         name: float((tensor.float() - kept[name].float()).abs().max())
         for name, tensor in now.items()

@@ -1,0 +1,116 @@
+"""What is shortened computes what it did: GELU, and adapters on every kind of matrix, in value and in gradient."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+from test_pack import make
+
+from maese.recipe import Method
+
+
+def adapted(kind: str, dropout: float = 0.0):
+    """A tiny model with adapters that already say something, and the same once more."""
+    import torch
+
+    from maese.model.adapter import add_lora
+
+    model = add_lora(make(kind, "sdpa"), Method(kind="lora", rank=3, alpha=5, dropout=dropout)).train()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return model, copy.deepcopy(model)
+
+
+def learnt(model, dtype=None):
+    """Loss and gradients of one batch, with the dice thrown in the same way."""
+    import torch
+
+    torch.manual_seed(2)
+    ids = torch.arange(24).reshape(2, 12) % 30
+    with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    return float(loss.detach()), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["gpt2", "phi", "llama"])
+def test_an_adapter_in_one_operation_is_the_one_of_peft(kind, dropout):
+    from maese.model.quick import quicken
+
+    theirs, ours = adapted(kind, dropout)
+    assert quicken(ours) > 0
+    (loss, grads), (found, mine) = learnt(theirs), learnt(ours)
+    assert found == pytest.approx(loss, rel=1e-6) and mine.keys() == grads.keys() and len(grads) > 4
+    for name in grads:
+        assert float((mine[name] - grads[name]).norm()) <= 1e-4 * float(grads[name].norm()) + 1e-7, name
+
+
+def test_in_16_bits_it_is_as_near_to_fp32_as_the_one_of_peft():
+    import torch
+
+    from maese.model.quick import quicken
+
+    exact, theirs = adapted("gpt2")
+    ours = copy.deepcopy(theirs)
+    quicken(ours)
+    truth, found = learnt(exact)[1], []
+    for model in (theirs, ours):
+        for name, parameter in model.named_parameters():
+            if "lora" not in name:
+                parameter.data = parameter.data.bfloat16()
+        grads = learnt(model, torch.bfloat16)[1]
+        found.append(sum(float((grads[n].float() - truth[n]).norm() / truth[n].norm()) for n in truth))
+        assert {grad.dtype for grad in grads.values()} == {torch.float32}
+    assert found[1] <= 1.1 * found[0]
+
+
+def test_adapters_switched_off_merged_or_of_another_kind_are_as_before():
+    import torch
+
+    from maese.model.quick import quicken
+
+    theirs, ours = adapted("gpt2")
+    quicken(ours)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        with theirs.disable_adapter(), ours.disable_adapter():
+            assert torch.allclose(theirs(input_ids=ids).logits, ours(input_ids=ids).logits, atol=1e-5)
+        for model in (theirs, ours):
+            model.merge_adapter()
+        assert torch.allclose(theirs(input_ids=ids).logits, ours(input_ids=ids).logits, atol=1e-5)
+        for model in (theirs, ours):
+            model.unmerge_adapter()
+        assert torch.allclose(theirs(input_ids=ids).logits, ours(input_ids=ids).logits, atol=1e-5)
+
+
+def test_what_is_saved_does_not_know_of_it(tmp_path):
+    from safetensors.torch import load_file
+
+    from maese.model.quick import quicken
+
+    theirs, ours = adapted("gpt2")
+    quicken(ours)
+    for name, model in (("theirs", theirs), ("ours", ours)):
+        model.save_pretrained(tmp_path / name)
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours"))
+    assert first.keys() == second.keys() and all(bool((first[n] == second[n]).all()) for n in first)
+    assert (tmp_path / "theirs/adapter_config.json").read_text() == (tmp_path / "ours/adapter_config.json").read_text()
+
+
+def test_gelu_is_one_operation_and_the_same_curve():
+    import torch
+    from transformers.activations import NewGELUActivation
+
+    from maese.model.quick import quicken
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), NewGELUActivation())
+    x = torch.linspace(-6, 6, 400)
+    before = model[1](x)
+    assert quicken(model) == 1 and type(model[1]) is torch.nn.GELU
+    assert torch.allclose(model[1](x), before, atol=1e-6)
+    assert quicken(model) == 0
