@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ def environment(folder: Path) -> Path:
 def work(python: Path | str, script: str, job: dict[str, Any], limit: float | None = None) -> dict[str, Any]:
     """Run a worker to its end and return the line it prints, with what else ran meanwhile; a failure is told in it."""
     env = os.environ | {"OMP_NUM_THREADS": str(job["threads"]), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
+    # From a clone nothing need be installed.
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent / "src"), os.environ.get("PYTHONPATH")]))
     env |= {"MAESE_CACHE": str(Path(job["room"]) / "cache"), "PYTHONWARNINGS": "ignore"}
     load, busy, began = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, cpu_busy(), time.monotonic()
     used = children()
@@ -102,7 +105,7 @@ def recipe(material: dict[str, Any], method: str, device: str) -> dict[str, Any]
     train = {
         "epochs": 1000 if material["text"] else 1, "micro_batch": MICRO, "accumulation": material["batch"] // MICRO,
         "lr": TRAIN["lr"], "weight_decay": TRAIN["decay"], "clip": TRAIN["clip"], "schedule": "constant", "warmup": 0,
-        "save_every": never, "final": "last", "device": device,
+        "save_every": never, "final": "last", "device": device, "compile": material["compile"],
     }  # fmt: skip
     return {
         "name": "bench", "base": material["model"], "data": material["data"] | {"validation": 0},
@@ -195,6 +198,7 @@ def told(row: dict[str, Any]) -> None:
             f" {row['tokens_s']:.0f} tokens/s, {row['seconds']:.1f} s, {row['peak_gib']:.2f} GiB,"
             f" {row['cpu_s']:.0f} s of processor, loss {row['losses'][-1]:.3f}, held out {row['held']:.4f}"
         )
+        said += f" [{', '.join(row['notes'])}]" if row.get("notes") else ""
     elif "tflops" in row:
         said += f" {row['tflops']:.3f} TFLOP/s"
     else:
@@ -297,11 +301,12 @@ def flops_per_token(material: dict[str, Any], method: str) -> float:
     return (6 if method == "full" else 4) * matrices + 6 * layers * wide * material["width"]
 
 
+@cache
 def machine(device: str) -> str:
-    if device == "cuda":
-        import torch
-
-        return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, {time.strftime('%Y-%m-%d')}"
+    if device == "cuda":  # asked by another process: one that lives on would take memory of the card
+        ask = "import torch; print(torch.cuda.get_device_name() + ', CUDA', torch.version.cuda)"
+        named = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True).stdout.strip()
+        return f"{named}, {time.strftime('%Y-%m-%d')}"
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

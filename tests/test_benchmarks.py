@@ -85,3 +85,39 @@ def test_the_table_takes_ratios_within_a_repeat_and_names_what_failed(scripts, t
     assert any(line.startswith("| trl | 2 | 75 (50–100) | 3.50 (3.00–4.00)× |") and "+1.00%" in line for line in lines)
     assert any("failed: a / b" in line for line in lines)
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_what_is_installed_is_asked_without_importing_it(scripts, tmp_path, monkeypatch):
+    import cuda
+
+    (tmp_path / "costly.py").write_text("raise SystemExit(3)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert cuda.installed(Path(sys.executable), "costly json")
+    assert not cuda.installed(Path(sys.executable), "costly no_such_package")
+
+
+def test_rows_and_the_product_are_made_once_and_every_task_has_them(scripts, tmp_path, monkeypatch):
+    import cuda
+
+    made, measured, kept = [], [], []
+    monkeypatch.setattr(cuda, "installed", lambda *_: True)
+    monkeypatch.setattr(cuda, "limit_of", lambda *_: made.append("product") or {"contender": "product", "tflops": 1.0})
+    monkeypatch.setattr(
+        cuda, "prepared", lambda _, task: made.append(task["size"]) or {**task, "contender": "material"}
+    )
+    monkeypatch.setattr(
+        cuda, "measure", lambda _a, _p, material, name, *_: measured.append((material["method"], name)) or {}
+    )
+    tasks = ["gpt2-xl-lora", "gpt2-xl"]
+    args = cuda.arguments(["--out", str(tmp_path / "r.json"), "--repeats", "2", "--tasks", *tasks])
+    cuda.rounds(args, Path(sys.executable), float("inf"), lambda row, task: kept.append((task, row.get("contender"))))
+    assert made == ["product", "gpt2-xl", "product"]
+    assert {method for method, _ in measured} == {"lora", "full"} and len(measured) == 2 * 8
+    assert all(kept.count((task, "material")) == 1 and kept.count((task, "product")) == 2 for task in tasks)
+
+
+def test_the_allocator_of_everybody_can_be_chosen(scripts):
+    import cuda
+
+    assert cuda.arguments(["--out", "r.json"]).allocator is None
+    assert cuda.ALLOCATORS[cuda.arguments(["--out", "r.json", "--allocator", "native"]).allocator].endswith("False")

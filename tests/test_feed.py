@@ -245,6 +245,26 @@ def test_a_compiled_run_is_the_plain_run(recipe, tiny_llama, monkeypatch, change
         assert a.keys() == b.keys()
 
 
+def test_compiled_blocks_take_documents_without_padding(recipe, tiny_llama, opened, monkeypatch):
+    import torch
+    from torch.nn.attention import varlen
+
+    from maese.model import attention
+    from maese.train.loop import train
+
+    def kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=0, enable_gqa=False):
+        return attention.by_mask(*(x.transpose(0, 1)[None] for x in (query, key, value)), cu_seq_q, scale)[0]
+
+    usual = train(recipe("output=usual", f"base={tiny_llama}"))
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "DTYPES", (torch.float32,))
+    opened(lambda session: setattr(session, "unpadded", attention.unpadded(session.model, 32)))
+    seen = plain_compiler(monkeypatch)
+    flat = train(recipe("output=flat", f"base={tiny_llama}", "train.compile=true"))
+    assert losses(flat) == pytest.approx(losses(usual), rel=1e-4) and 1 <= len(seen) <= 3
+    assert next(e for e in flat.history() if e["type"] == "plan")["unpadded"] is True and not speed(flat)
+
+
 def test_one_compilation_serves_all_blocks_and_all_lengths(recipe, tiny_llama, monkeypatch):
     from maese.train.loop import train
 

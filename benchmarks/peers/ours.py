@@ -37,8 +37,13 @@ def measure(job: dict[str, Any], output: Path, steps: int) -> dict[str, Any]:
     from maese.train.loop import train
 
     meter = Meter(job["device"], job["skip"] if steps == job["steps"] else 0)
+    notes: list[str] = []  # which road it took, and what it warned of
 
     def watch(event: dict[str, Any]) -> None:
+        if event["type"] == "plan":
+            notes.extend(name for name in ("unpadded", "compiled") if event.get(name))
+        if event["type"] == "warning":
+            notes.append(event["code"])
         if event["type"] != "step":
             return
         if not meter.began:  # the end of the first step is the first sign of the loop
@@ -58,7 +63,7 @@ def measure(job: dict[str, Any], output: Path, steps: int) -> dict[str, Any]:
     train(chosen, watch=watch)
     if steps < job["steps"]:
         shutil.rmtree(output)
-    return meter.figures
+    return meter.figures | {"notes": notes}
 
 
 def changed(recipe: Any, change: str) -> Any:

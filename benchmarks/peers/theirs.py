@@ -101,15 +101,14 @@ def load(job: dict[str, Any], how: dict[str, Any]) -> Any:
 
 def trainer(job: dict[str, Any], how: dict[str, Any], model: Any, rows: list[dict], steps: int) -> dict[str, Any]:
     """transformers Trainer or TRL SFTTrainer, untouched but for what counts tokens and keeps the loss of each step."""
-    from datasets import Dataset
     from transformers import AutoTokenizer, Trainer, TrainingArguments
 
-    data = Dataset.from_list(rows)
     options = arguments(job, how, rows, steps)
     tokenizer = AutoTokenizer.from_pretrained(job["model"], local_files_only=True)
     meter = Meter(job["device"], job["skip"] if steps == job["steps"] else 0)
     with tempfile.TemporaryDirectory() as folder:
         if how["loop"] == "sft":
+            from datasets import Dataset
             from trl import SFTConfig, SFTTrainer
 
             more: dict[str, Any] = {"max_length": job["max_length"], "packing": bool(how.get("packing"))}
@@ -117,14 +116,18 @@ def trainer(job: dict[str, Any], how: dict[str, Any], model: Any, rows: list[dic
                 more["gradient_checkpointing"] = False
             config = SFTConfig(folder, **options, **more)
             made = counted(SFTTrainer, meter)(
-                model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[clock(meter)]
+                model=model,
+                args=config,
+                train_dataset=Dataset.from_list(rows),
+                processing_class=tokenizer,
+                callbacks=[clock(meter)],
             )
         else:
             config = TrainingArguments(folder, **options)
             made = counted(Trainer, meter)(
                 model=model,
                 args=config,
-                train_dataset=data,
+                train_dataset=rows,
                 data_collator=lambda some: collate(some, job["pad"]),
                 callbacks=[clock(meter)],
             )
