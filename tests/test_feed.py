@@ -284,6 +284,17 @@ def test_without_a_compiler_it_goes_on_plain_and_says_so_once(recipe, tiny, monk
     assert losses(fused) == losses(plain)  # dropout and all
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_softmax_of_the_head_is_compiled_with_the_blocks(recipe, monkeypatch, compiled):
+    from maese.train import loop
+
+    real, asked = loop.loss_sum, []
+    monkeypatch.setattr(loop, "loss_sum", lambda *given, fused: asked.append(fused) or real(*given, fused=fused))
+    plain_compiler(monkeypatch)
+    loop.train(recipe(f"train.compile={str(compiled).lower()}", "train.max_steps=1"))
+    assert {*asked} == {compiled}
+
+
 def test_errors_that_are_not_the_compilers_are_not_hidden(recipe, monkeypatch):
     from maese.train import loop, step
 

@@ -40,13 +40,16 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
-    def loss(self, hidden_ND: torch.Tensor, targets_N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """`chunked_loss` through this head, multiplied in `dtype`."""
+    def loss(
+        self, hidden_ND: torch.Tensor, targets_N: torch.Tensor, dtype: torch.dtype, fused: bool = False
+    ) -> torch.Tensor:
+        """`chunked_loss` through this head, multiplied in `dtype`; `fused` has its softmax compiled where that pays."""
         bias_V: torch.Tensor | None = self.module.bias
         if self.scale != 1.0:  # on the narrow side of the product
             hidden_ND = hidden_ND * self.scale
             bias_V = bias_V if bias_V is None else bias_V * self.scale
-        return chunked_loss(hidden_ND, self.module.weight, bias_V, targets_N, self.softcap, dtype)
+        fused = fused and hidden_ND.device.type == "cuda"
+        return chunked_loss(hidden_ND, self.module.weight, bias_V, targets_N, self.softcap, dtype, fused)
 
 
 def chunked_loss(
