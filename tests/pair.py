@@ -5,7 +5,7 @@
 An order is {"do": "train" | "resume", "args": [...], "changes": [...]} with, if something is to happen, {"signal": 15,
 "rank": 1, "after": 3} (sent to that process after its third step), "nan" (its loss is no number then), "full" (its disk
 is from then on) or "fail" (it ends, by itself). What each process ended with goes to `<orders>.<rank>.json`: null, or
-the code of its error.
+the code of its error; and how often a loss was taken without its logits.
 """
 
 from __future__ import annotations
@@ -74,8 +74,13 @@ def live(order: dict) -> str | None:
 def main() -> None:
     warnings.simplefilter("ignore")
     path = Path(sys.argv[1])
+    from maese.model import head
+
+    whole, calls = head.chunked_loss, []
+    head.chunked_loss = lambda *given, **more: calls.append(1) or whole(*given, **more)
     ended = [live(order) for order in json.loads(path.read_text("utf-8"))]
-    path.with_name(f"{path.name}.{os.environ['RANK']}.json").write_text(json.dumps(ended), "utf-8")
+    told = {"ended": ended, "chunked": len(calls)}
+    path.with_name(f"{path.name}.{os.environ['RANK']}.json").write_text(json.dumps(told), "utf-8")
     from maese.train.together import leave
 
     leave(wait=True)

@@ -54,7 +54,9 @@ def pair(orders: list[dict], env: dict | None = None) -> list[list[str | None]]:
     process = launch([str(PAIR), "orders.json"], env)
     _, said = process.communicate(timeout=240)
     assert process.returncode == 0, said[-3000:]
-    return [json.loads(Path(f"orders.json.{rank}.json").read_text("utf-8")) for rank in (0, 1)]
+    told = [json.loads(Path(f"orders.json.{rank}.json").read_text("utf-8")) for rank in (0, 1)]
+    assert all(each["chunked"] for each in told)
+    return [each["ended"] for each in told]
 
 
 def do(kind: str, *args: str, **what) -> dict:

@@ -22,7 +22,7 @@ def loss_sum(model: Any, batch: dict[str, Any], fused: bool = False) -> Any:
     """
     import torch.nn.functional as F
 
-    from maese.model.head import head_of, hidden_states
+    from maese.model.head import head_of, hidden_states, in_pieces
 
     seen = {name: tensor for name, tensor in batch.items() if name not in ("labels", "kept")}
     targets = batch["labels"][:, 1:]
@@ -34,9 +34,10 @@ def loss_sum(model: Any, batch: dict[str, Any], fused: bool = False) -> Any:
     targets = targets[kept] if kept is not None else batch["labels"].flatten()[batch["kept"] + 1]
     if head := head_of(model):
         hidden_BTD, rest = hidden_states(model, head, seen)
-        if hidden_BTD is not None:
+        # FSDP2 leaves the head whole after the pass, unless it was told otherwise.
+        if hidden_BTD is not None and not in_pieces(head.module):
             return head.loss(learnt(hidden_BTD), targets, rest, fused)
-        logits_BTV = rest
+        logits_BTV = rest if hidden_BTD is None else model(**seen, use_cache=False).logits
     else:
         logits_BTV = model(**seen, use_cache=False).logits
     return F.cross_entropy(learnt(logits_BTV).float(), targets, reduction="sum")

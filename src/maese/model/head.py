@@ -204,14 +204,23 @@ def head_of(model: Any) -> Head | None:
     """
     inner = _causal(model)
     module: Any = getattr(inner, "get_output_embeddings", lambda: None)()
-    # Adapters on the head, few bits, or pieces of it on other processes: each has its own way to multiply.
-    plain = type(module) is torch.nn.Linear and module.weight.numel() and not hasattr(module.weight, "device_mesh")
+    # With pieces of it on other processes only what was known before it was cut can be told.
+    if module is not None and (in_pieces(module) or hasattr(module, "set_requires_gradient_sync")):
+        known = _KNOWN.get(inner)
+        return known if known and known.module is module else None
+    # Adapters on the head, or few bits: each has its own way to multiply.
+    plain = type(module) is torch.nn.Linear and module.weight.numel()
     if not plain or module.weight.device.type == "meta":
         return None
     known = _KNOWN.get(inner)
     if inner not in _KNOWN or (known and known.module is not module):
         _KNOWN[inner] = _tried(inner, module)
     return _KNOWN[inner]
+
+
+def in_pieces(module: Any) -> bool:
+    """Whether the weight of a head lies in pieces now: FSDP2 puts it together for each pass."""
+    return hasattr(getattr(module, "weight", None), "device_mesh")
 
 
 def hidden_states(model: Any, head: Head, seen: dict[str, Any]) -> tuple[torch.Tensor | None, Any]:

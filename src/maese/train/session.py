@@ -161,6 +161,8 @@ def _open(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     optimizer = together.each(lambda: build_optimizer(model, recipe.train, recipe.train.optimizer))
+    if together.sharded:
+        head_of(model)  # how its loss is taken cannot be tried once it is cut
     model, optimizer = accelerator.prepare(model, optimizer)
     # The saved recipe repeats this run on a file whose shape it no longer guesses.
     resolved = recipe.model_copy(update={"data": recipe.data.model_copy(update={"format": data.format})})
