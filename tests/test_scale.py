@@ -99,7 +99,7 @@ SHAPES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("env", [{}, FSDP2], ids=["ddp", "fsdp2"])
-def test_two_are_one_in_every_shape_and_go_on_as_each_other(recipe, plain, env):
+def test_two_are_one_in_every_shape_and_go_on_as_each_other(recipe, plain, tiny, env):
     """Full or LoRA, packed or not, at the end of an epoch too; a run of one goes on as two, and of two as one."""
     orders, kept = [], ["train.max_steps=7", "train.save_every=3", "eval.every=3", "train.epochs=3"]
     for name, shape in SHAPES.items():
@@ -115,8 +115,13 @@ def test_two_are_one_in_every_shape_and_go_on_as_each_other(recipe, plain, env):
             do("train", f"output=stays-{name}", *changes, signal=signal.SIGINT, rank=0, after=4),
             do("resume", f"stays-{name}"),
         ]
-    stopped = [None, "RUN-06", "RUN-06", None]
-    assert pair(orders, env) == [[None] * len(SHAPES) + stopped * 2] * 2
+    drops = plain(*kept, *SHAPES["full"], f"base={tiny}")  # each process draws its own, again the same
+    orders.append(do("train", "output=drops", *drops))
+    orders.append(do("train", "output=drops-cut", *drops, signal=signal.SIGTERM, rank=1, after=4))
+    orders.append(do("resume", "drops-cut"))
+    ends = [None] * len(SHAPES) + [None, "RUN-06", "RUN-06", None] * 2 + [None, "RUN-06", None]
+    assert pair(orders, env) == [ends, ends]
+    assert losses(Run("drops")) == losses(Run("drops-cut"))
     for name in ("full", "lora"):
         # Asked after the numbers of step 4 were shared, so all of them know it at step 5.
         assert [p.name for p in saved(Run(f"shrinks-{name}").checkpoints)] == ["step-000003", "step-000005"]
@@ -217,3 +222,29 @@ def test_a_mistake_is_told_once_and_what_cannot_be_shared_out_is_refused(plain):
         _, talk = process.communicate(timeout=60)
         assert process.returncode != 0 and talk.count(f"error[{code}]") == 1, talk
         assert not Path(code).exists()
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_the_rows_of_a_step_are_dealt_once_and_pieces_pass_together(rows, packing):
+    """Every row to one process; company only for who has nothing, or as many passes for all with weights in pieces."""
+    from types import SimpleNamespace as Facts
+
+    from maese.train.loop import _shares
+    from maese.train.together import Together
+
+    step = [list(range(rows))[i : i + 2] for i in range(0, rows, 2)]
+    for sharded in (False, True):
+        passes, dealt = [], []
+        for rank in range(4):
+            session = Facts(
+                recipe=Facts(train=Facts(micro_batch=2), data=Facts(packing=packing, max_length=32)),
+                data=Facts(train=Facts(lengths=[30, 4, 9, 17, 5, 5, 31, 2])),
+                together=Together(rank, 4, sharded=sharded),
+            )
+            mine, company = _shares(session, step)
+            dealt += [row for group in mine for row in group]
+            passes.append(len(mine) + len(company))
+            assert sharded or not (mine and company)
+        assert sorted(dealt) == list(range(rows)) and min(passes) > 0
+        assert not sharded or len(set(passes)) == 1
