@@ -209,6 +209,10 @@ def plain_compiler(monkeypatch, fails: bool = False):
     """A compiler that takes no minute: dynamo traces as always, and what it traced is run as it is, or refused."""
     import torch
 
+    from maese.model import attention
+
+    # A processor's attention is no part of what is compiled.
+    monkeypatch.setattr(attention, "kernel", lambda _device: None)
     real, seen = torch.compile, []
 
     def backend(graph, _inputs):
@@ -260,6 +264,7 @@ def test_compiled_blocks_take_documents_without_padding(recipe, tiny_llama, open
     monkeypatch.setattr(attention, "DTYPES", (torch.float32,))
     opened(lambda session: setattr(session, "unpadded", attention.unpadded(session.model, 32)))
     seen = plain_compiler(monkeypatch)
+    monkeypatch.setattr(attention, "kernel", lambda _device: attention.on_card())
     flat = train(recipe("output=flat", f"base={tiny_llama}", "train.compile=true"))
     assert losses(flat) == pytest.approx(losses(usual), rel=1e-4) and 1 <= len(seen) <= 3
     assert next(e for e in flat.history() if e["type"] == "plan")["unpadded"] is True and not speed(flat)
@@ -275,8 +280,10 @@ def test_one_compilation_serves_all_blocks_and_all_lengths(recipe, tiny_llama, m
 
 def test_without_a_compiler_it_goes_on_plain_and_says_so_once(recipe, tiny, monkeypatch):
     from maese.live import spoken
+    from maese.model import attention
     from maese.train.loop import train
 
+    monkeypatch.setattr(attention, "kernel", lambda _device: None)  # dropout draws for places, padding among them
     plain = train(recipe("output=plain"))
     plain_compiler(monkeypatch, fails=True)
     fused = train(recipe("output=fused", "train.compile=true"))
@@ -286,10 +293,10 @@ def test_without_a_compiler_it_goes_on_plain_and_says_so_once(recipe, tiny, monk
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_softmax_of_the_head_is_compiled_with_the_blocks(recipe, monkeypatch, compiled):
-    from maese.train import loop
+    from maese.train import loop, step
 
-    real, asked = loop.loss_sum, []
-    monkeypatch.setattr(loop, "loss_sum", lambda *given, fused: asked.append(fused) or real(*given, fused=fused))
+    real, asked = step.loss_sum, []
+    monkeypatch.setattr(step, "loss_sum", lambda *given, fused: asked.append(fused) or real(*given, fused=fused))
     plain_compiler(monkeypatch)
     loop.train(recipe(f"train.compile={str(compiled).lower()}", "train.max_steps=1"))
     assert {*asked} == {compiled}
@@ -298,7 +305,10 @@ def test_the_softmax_of_the_head_is_compiled_with_the_blocks(recipe, monkeypatch
 def test_errors_that_are_not_the_compilers_are_not_hidden(recipe, monkeypatch):
     from maese.train import loop, step
 
-    monkeypatch.setattr(step, "_passes", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("shapes cannot be multiplied")))
+    def broken(*_, **__):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(step, "_passes", broken)
     with pytest.raises(RuntimeError, match="multiplied"):
         loop.train(recipe("train.compile=true"))
 

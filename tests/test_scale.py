@@ -224,13 +224,13 @@ def test_a_mistake_is_told_once_and_what_cannot_be_shared_out_is_refused(plain):
         assert not Path(code).exists()
 
 
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize(("packing", "unpadded"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("rows", [1, 3, 8])
-def test_the_rows_of_a_step_are_dealt_once_and_pieces_pass_together(rows, packing):
+def test_the_rows_of_a_step_are_dealt_once_and_pieces_pass_together(rows, packing, unpadded):
     """Every row to one process; company only for who has nothing, or as many passes for all with weights in pieces."""
     from types import SimpleNamespace as Facts
 
-    from maese.train.loop import _shares
+    from maese.train.step import _shares
     from maese.train.together import Together
 
     step = [list(range(rows))[i : i + 2] for i in range(0, rows, 2)]
@@ -240,6 +240,9 @@ def test_the_rows_of_a_step_are_dealt_once_and_pieces_pass_together(rows, packin
             session = Facts(
                 recipe=Facts(train=Facts(micro_batch=2), data=Facts(packing=packing, max_length=32)),
                 data=Facts(train=Facts(lengths=[30, 4, 9, 17, 5, 5, 31, 2])),
+                machine=Facts(device="cpu"),
+                packs=packing,
+                unpadded=unpadded,
                 together=Together(rank, 4, sharded=sharded),
             )
             mine, company = _shares(session, step)

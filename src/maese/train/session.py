@@ -139,6 +139,7 @@ def _open(
     import torch
 
     from maese.model.attention import unpadded
+    from maese.model.head import head_of
     from maese.model.quick import quicken
 
     if together.sharded:

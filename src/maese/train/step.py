@@ -16,6 +16,7 @@ from functools import partial
 from itertools import chain, pairwise
 from typing import Any
 
+from maese.evaluate.likelihood import loss_sum
 from maese.tokens.batches import batches, by_length, by_room, packed_batches
 from maese.train.compiling import surviving
 from maese.train.guard import discard, fitting, longest_rows, rehearse, tell_skipped
@@ -132,8 +133,6 @@ def _passes(session: Session, groups: list[list[Any]], weight: float) -> Any:
     To read it here would make the host wait for a card that still has work.
     """
     import torch
-
-    from maese.evaluate.likelihood import loss_sum
 
     accelerator = session.accelerator
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
