@@ -445,12 +445,28 @@ def test_a_file_is_spoken_to_seldom(capsys):
     shown = live.Watcher()
     shown(event("start", name="x", base="embedded", method="lora", resumed_from=None))
     rows = {"rows": 9, "tokens": 900, "validation_rows": 1, "micro_batch": 1, "accumulation": 1, "max_length": 32}
-    here = {"name": "cpu", "threads": 2, "memory_gib": 8.0, "precision": "fp32", "run": "r"}
+    here = {"device": "cpu", "name": "x86", "threads": 2, "memory_gib": 8.0, "precision": "fp32", "run": "r"}
     shown(event("plan", steps=600, parameters=9e6, trainable=9e4, **rows, **here))
     for n in range(1, 601):
         shown(step(n))
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("paso")]
     assert 20 <= len(lines) <= 22 and lines[0].startswith("paso 1/600") and lines[-1].startswith("paso 600/600")
+
+
+def test_what_maese_chose_is_said_before_training():
+    facts = {"rows": 9, "tokens": 900, "validation_rows": 1, "micro_batch": 1, "accumulation": 1, "max_length": 32}
+    facts |= {"steps": 6, "parameters": 9e6, "trainable": 9e4, "run": "r", "threads": 2, "memory_gib": 8.0}
+
+    def told(**more):
+        return live.plan_box({**facts, "name": "AMD", **more}, {"name": "x", "base": "embedded", "method": "lora"})
+
+    here = told(device="cpu", precision="bf16", processes=1, sharded=False, unpadded=True, compiled=False)
+    assert "procesador AMD, 2 hilos, 8,0 GiB" in here
+    assert "multiplica en 16 bits (bf16) · sin relleno · un proceso" in here
+    there = told(device="cuda", precision="fp16", processes=8, sharded=True, unpadded=False, compiled=True)
+    assert "tarjeta gráfica AMD" in there and "relleno" not in there
+    assert "multiplica en 16 bits (fp16) · compilado · 8 procesos con el modelo en trozos (FSDP2)" in there
+    assert "32 bits (fp32) · 2 procesos" in told(device="cpu", precision="fp32", processes=2)
 
 
 def test_words_of_the_model_are_not_markup(capsys):

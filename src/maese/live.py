@@ -134,15 +134,26 @@ def plan_box(event: Event, start: Event) -> str:
         ),
         (
             "machine",
-            say("live.plan.device", name=event["name"], threads=event["threads"], memory=number(event["memory_gib"], 1),
-                precision=event["precision"]),
+            say(f"live.plan.{event['device']}", name=event["name"], threads=event["threads"],
+                memory=number(event["memory_gib"], 1)),
         ),
+        ("how", _how(event)),
         ("folder", event["run"]),
     ]  # fmt: skip
     labels = [say(f"live.plan.label.{key}") for key, _ in rows]
     width = max(map(len, labels))
     lines = [f"  {label:<{width}}  {text}" for label, (_, text) in zip(labels, rows, strict=True)]
     return "\n".join([say("live.plan.title", name=start["name"]), *lines])
+
+
+def _how(event: Event) -> str:
+    """What maese chose by itself: the precision, whether there is padding, who shares the work, what is compiled."""
+    n = event.get("processes", 1)
+    shared = "sharded" if event.get("sharded") else "one" if n == 1 else "other"
+    parts = [say(f"live.plan.{event['precision']}")]
+    parts += [say("live.plan.unpadded")] if event.get("unpadded") else []
+    parts += [say("live.plan.compiled")] if event.get("compiled") else []
+    return " · ".join([*parts, say(f"live.plan.processes.{shared}", n=n)])
 
 
 def shorten(text: str, width: int) -> str:

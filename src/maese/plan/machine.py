@@ -33,8 +33,8 @@ def machine(train: Train | None = None) -> Machine:
     if wanted == "cuda" and not cuda:
         raise MaeseError("DEVICE-01")
     device = "cuda" if cuda and wanted != "cpu" else "cpu"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if device == "cuda":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         card = torch.cuda.get_device_properties(0)
         auto = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         return Machine(device, card.name, cores, card.total_memory / 2**30, auto if asked == "auto" else asked)
@@ -43,7 +43,8 @@ def machine(train: Train | None = None) -> Machine:
     auto = "bf16" if bf16_pays_on_cpu() else "fp32"
     # fp16 has no fast path on any CPU; asking for it there is taken as asking for small numbers.
     precision = auto if asked in ("auto", "fp16") else asked
-    return Machine(device, cpu_name(), cores, psutil.virtual_memory().total / 2**30, precision)
+    # What torch works with: OMP_NUM_THREADS, and torchrun, leave it fewer than there are cores.
+    return Machine(device, cpu_name(), torch.get_num_threads(), psutil.virtual_memory().total / 2**30, precision)
 
 
 def allocator() -> None:
