@@ -461,7 +461,7 @@ def test_what_maese_chose_is_said_before_training():
         return live.plan_box({**facts, "name": "AMD", **more}, {"name": "x", "base": "embedded", "method": "lora"})
 
     here = told(device="cpu", precision="bf16", processes=1, sharded=False, unpadded=True, compiled=False)
-    assert "procesador AMD, 2 hilos, 8,0 GiB" in here
+    assert "procesador AMD, hilos: 2, 8,0 GiB" in here
     assert "multiplica en 16 bits (bf16) · sin relleno · un proceso" in here
     there = told(device="cuda", precision="fp16", processes=8, sharded=True, unpadded=False, compiled=True)
     assert "tarjeta gráfica AMD" in there and "relleno" not in there

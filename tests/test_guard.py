@@ -278,6 +278,11 @@ def test_at_one_row_it_says_what_weighs_what_and_three_ways_out(recipe, device, 
         assert recipe(*words[3:]) != chosen
 
 
+def test_under_a_ceiling_the_first_way_out_is_a_higher_one(recipe):
+    first = parts_of(recipe("train.memory_gib=0.3"), "cpu", 0.55).facts["repairs"].splitlines()[0]
+    assert shlex.split(first)[4] == "train.memory_gib=0.7"
+
+
 def test_what_is_done_already_is_not_proposed(recipe):
     chosen = recipe("method.kind=lora", "train.gradient_checkpointing=true", "data.max_length=64")
     repairs = parts_of(chosen, "cpu", 1.0).facts["repairs"].splitlines()

@@ -233,6 +233,10 @@ def no_room(model: Any, optimizer: Any, recipe: Recipe, run: Any, device: str, u
         ways.insert(0, ("train.gradient_checkpointing=true", "checkpointing", rest))
     if recipe.method.kind == "full":
         ways.append(("method.kind=lora", "lora", facts["gradients"] + kept))
+    if recipe.train.memory_gib is not None:
+        # Python and torch alone take some of it: under a ceiling lower than that no other way leads out.
+        higher = math.ceil(used * 12) / 10
+        ways.insert(0, (f"train.memory_gib={higher:.1f}", "ceiling", higher))
     repairs = "\n".join(f"{typed} {change}   ({say(f'memory.repair.{key}', gib=gib)})" for change, key, gib in ways)
     facts |= {"rest": rest, "used": used, "length": length, "repairs": repairs}
     return MaeseError("MEM-01", **facts) if device == "cuda" else MaeseError("MEM-02", **facts)
