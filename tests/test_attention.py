@@ -298,6 +298,26 @@ def test_a_window_is_no_matter_while_no_document_is_longer(card):
     assert float(loss_sum(model, collate_flat(some, pad=1)).detach()) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["Qwen2Moe", "Phimoe", "Llama4Text"])
+def test_a_window_that_only_the_mask_knows_is_seen_as_well(processor, kind):
+    """These families tell their layers nothing of it: longer documents would see too far, and nobody would notice."""
+    import torch
+    import transformers as hf
+
+    processor()
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(
+        getattr(hf, f"{kind}Config")(
+            vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, sliding_window=16, attention_chunk_size=16, use_sliding_window=True,
+            max_window_layers=0, num_experts=2, num_local_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
+            shared_expert_intermediate_size=16, intermediate_size_mlp=32, head_dim=8, pad_token_id=0,
+        )
+    ).eval()  # fmt: skip
+    assert refused(model, longest=17)
+    assert not refused(model, longest=16)
+
+
 def test_models_with_caps_keep_their_own_attention_and_stay_right(card):
     import torch
     import transformers as hf

@@ -52,6 +52,7 @@ class Cannot(RuntimeError):
 
 _kernel: Kernel | None = None
 _met: list[tuple[Any, ...]] | None = None  # while a model is tried: what the kernel was asked for; else None
+_windows: list[int] = []  # and how far the masks it would have let its layers see
 
 
 def kernel(device: str) -> Kernel | None:
@@ -131,6 +132,13 @@ def attend(
     return by_mask(query, key, value, borders, scale, dropout, window), None
 
 
+def _mask(*shape: Any, **more: Any) -> Any:
+    """The mask of transformers. Some families say there alone how far they see, and nothing of it to their layers."""
+    if _met is not None and more.get("local_size") is not None:
+        _windows.append(more["local_size"])
+    return sdpa_mask(*shape, **more)
+
+
 def fits(query: torch.Tensor, value: torch.Tensor, dropout: float) -> bool:
     """Whether the kernel of a card takes heads of this dtype and width, and drops as much: nothing."""
     wide = query.shape[-1]
@@ -172,14 +180,16 @@ def unpadded(model: Any, longest: int) -> bool:
     if _kernel is None or before not in ("sdpa", NAME):
         return False
     AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, _mask)
     modes, fine = [(part, part.training) for part in model.modules()], False
     _met = []
+    _windows.clear()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             inner.set_attn_implementation(NAME)
-            fine = _keeps_apart(model, longest) and all(_agrees(*kind) for kind in {*_met})
+            fine = _keeps_apart(model, longest) and min(_windows, default=longest) >= longest
+            fine = fine and all(_agrees(*kind) for kind in {*_met})
     except Exception:  # whatever a kernel or an unusual model does not bear, the plain way is right for it
         fine = False
     finally:
