@@ -247,6 +247,28 @@ def test_a_run_is_repeated_from_its_last_checkpoint_but_one(recipe):
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
 
 
+def test_what_was_halved_or_refused_is_so_in_the_repetition(recipe, monkeypatch):
+    """Both are in the checkpoint: without them other sums, and a step applied that was not."""
+    from maese.train import guard
+
+    monkeypatch.setattr(guard, "NEEDED", 2)
+    monkeypatch.setattr(guard, "SIGMAS", -1e3)  # from the third step on, each is one too high
+    monkeypatch.setattr(guard, "LEAPS", 99)
+    calls = []
+
+    def check(self):
+        calls.append(self)
+        if len(calls) == 1:
+            raise guard.OverCeiling
+
+    monkeypatch.setattr(guard.Halving, "check", check)
+    run = train(recipe("train.max_steps=9", "train.epochs=9", "train.micro_batch=4", "eval.prompts=[]"))
+    events = run.events()
+    assert [e["code"] for e in events if e["type"] == "warning"].count("MEM-03") == 1
+    assert all(e.get("skipped") for e in events if e["type"] == "step" and e["step"] > 2)
+    assert verify(run).same
+
+
 def test_what_was_not_so_is_found_out(recipe):
     """A loss told otherwise, and weights that are not those the steps lead to."""
     import torch

@@ -16,6 +16,7 @@ from pathlib import Path
 from maese.errors import MaeseError
 from maese.run import Run
 from maese.train import checkpoint
+from maese.train.guard import Spikes
 from maese.train.optim import rate
 from maese.train.session import Session, closing, open_session
 from maese.train.step import order, take_step
@@ -67,7 +68,10 @@ def verify(run: Run, steps: int | None = None) -> Verified:
 
 def _repeat(session: Session, path: Path, first: int, last: int) -> dict[int, tuple[float, float]]:
     """Loss and norm of each step from `first`, whose checkpoint is at `path`, to `last`."""
-    checkpoint.restore(path, *session.inner)
+    checkpoint.restore(path, *session.inner, session.accelerator.scaler)
+    # A step is in as many pieces as it was, and refused if it was.
+    state = checkpoint.manifest_of(path)["state"]
+    session.spikes, session.halving.times = Spikes(**state["spikes"]), state["halvings"]
     session.model.train()
     found = {}
     for step, (micro_batches, _) in enumerate(order(session, first, last), start=first):
