@@ -239,3 +239,20 @@ def test_chat_commands(tiny, here):
     assert chat.take_back() == "Hola" and chat.turns == []
     chat.reply("Hola")
     assert chat.command("/clear")[0] == "chat.cleared" and chat.turns == []
+
+
+def test_a_family_whose_memory_has_another_name_writes_as_transformers_does(tmp_path):
+    """Mamba gives no `past_key_values`: it reads everything again, and says the same."""
+    import torch
+    from transformers import MambaConfig, MambaForCausalLM
+
+    from maese.generate.engine import stream_ids
+    from maese.recipe import Generate
+
+    torch.manual_seed(0)
+    ends = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 1}
+    model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, **ends)).eval()
+    ids = torch.tensor([[5, 9, 2, 40]])
+    theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)[0, 4:]
+    settings = Generate(temperature=0, repetition_penalty=1, max_new_tokens=6)
+    assert list(stream_ids(model, ids[0].tolist(), settings, set())) == theirs.tolist()

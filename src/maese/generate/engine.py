@@ -53,8 +53,10 @@ def stream_ids(model: Any, ids: list[int], settings: recipes.Generate, stop_ids:
             chosen = draw(probabilities(out.logits[0, -1], settings, seen), generator)
         if chosen in stop_ids:
             return
-        cache, fresh = out.past_key_values, [chosen]
         seen.append(chosen)
+        # A family with a memory of another name (Mamba) reads all of it again each time.
+        cache = getattr(out, "past_key_values", None)
+        fresh = [chosen] if cache is not None else seen
         yield chosen
 
 
