@@ -77,18 +77,19 @@ def card(monkeypatch):
 def documents() -> list[Example]:
     """Those of the packed rows, a document of one token, and so many that the row has filling at its end."""
     found = [example for row in rows_of() for example in row] + [Example([7], [0])]
-    assert sum(map(len, found)) % 8 and min(map(len, found)) == 1
+    assert sum(map(len, found)) % 64 and min(map(len, found)) == 1
     return found
 
 
 def test_a_flat_row_holds_every_document_and_says_where_it_ends():
     batch = collate_flat([Example([5, 6, 7], [0, 0, 1]), Example([8], [1]), Example([9, 4], [1, 1])], pad=1)
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 4, 1, 1]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1, 0, 1]]
-    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 7, IGNORED, IGNORED, 4, IGNORED, IGNORED]]
-    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 4, 6, 8] and batch["max_length_q"] == 4
-    full = collate_flat([Example([5] * 8, [1] * 8)], pad=1)
-    assert full["cu_seq_lens_q"].tolist() == [0, 8] and full["max_length_q"] == 8
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 4] + [1] * 58]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1] + [0, 1, 2] * 19 + [0]]
+    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 7, IGNORED, IGNORED, 4] + [IGNORED] * 58]
+    borders = [0, 3, 4, *range(6, 64, 3), 64]  # what fills the row up is in documents no longer than those in it
+    assert batch["cu_seq_lens_q"].tolist() == borders and batch["max_length_q"] == 4
+    full = collate_flat([Example([5] * 64, [1] * 64)], pad=1)
+    assert full["cu_seq_lens_q"].tolist() == [0, 64] and full["max_length_q"] == 64
 
 
 @KINDS

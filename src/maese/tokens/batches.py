@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label that no loss looks at
 MULTIPLE = 8  # rows are padded to a multiple of it: matrix units like it, and few shapes repeat
+# The same of a row of documents, where it costs little: for each new length oneDNN makes, and keeps, new kernels.
+FLAT_MULTIPLE = 64
 
 Row = TypeVar("Row")
 
@@ -175,14 +177,14 @@ def collate_flat(examples: list[Example], pad: int) -> dict[str, Any]:
 
     For models that `model.attention.unpadded` has taken: their layers are given `cu_seq_lens_q`, the borders. The
     attention_mask only says that there is none to be made: one with four dimensions is passed on as it is. A few
-    tokens at the end round the row up to MULTIPLE, as a document of their own.
+    tokens at the end round the row up to FLAT_MULTIPLE, as documents of their own.
     """
     import torch
 
     ids = [i for example in examples for i in example.ids]
     learnt = [m for example in examples for m in (0, *example.mask[1:])]
     spans = [len(example) for example in examples]
-    if rest := -len(ids) % MULTIPLE:
+    while rest := min(-len(ids) % FLAT_MULTIPLE, max(spans)):  # no longer than a document: positions have an end
         ids, learnt, spans = ids + [pad] * rest, learnt + [0] * rest, [*spans, rest]
     row, lengths = torch.tensor([ids]), torch.tensor(spans)
     ends = lengths.cumsum(0)
