@@ -296,7 +296,7 @@ def test_the_softmax_of_the_head_is_compiled_with_the_blocks(recipe, monkeypatch
     from maese.train import loop, step
 
     real, asked = step.loss_sum, []
-    monkeypatch.setattr(step, "loss_sum", lambda *given, fused: asked.append(fused) or real(*given, fused=fused))
+    monkeypatch.setattr(step, "loss_sum", lambda *a, compiled: asked.append(compiled) or real(*a, compiled=compiled))
     plain_compiler(monkeypatch)
     loop.train(recipe(f"train.compile={str(compiled).lower()}", "train.max_steps=1"))
     assert {*asked} == {compiled}

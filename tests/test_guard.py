@@ -251,12 +251,12 @@ def test_a_ceiling_on_real_memory_halves_until_it_fits():
     assert max(map(len, parts)) == 2
 
 
-def parts_of(chosen, device: str, used: float) -> MaeseError:
+def parts_of(chosen, device: str, used: float, world: int = 1) -> MaeseError:
     import torch
 
     model = torch.nn.Linear(1024, 1024, bias=False)  # 4 MiB
     optimizer = torch.optim.AdamW(model.parameters())
-    return guard.no_room(model, optimizer, chosen, "runs/mi prueba", device, used)
+    return guard.no_room(model, optimizer, chosen, "runs/mi prueba", device, used, world)
 
 
 @pytest.mark.parametrize("device, code", [("cuda", "MEM-01"), ("cpu", "MEM-02")])
@@ -291,10 +291,14 @@ def test_what_is_done_already_is_not_proposed(recipe):
 
 def test_with_several_processes_a_step_is_not_redone(recipe):
     """The others wait in the exchange: the one that has no room says so and ends."""
-    halving = Halving("cpu", alone=False, refuse=lambda used: parts_of(recipe(), "cuda", used))
-    with pytest.raises(MaeseError, match="MEM-01"):
+    chosen = recipe("train.micro_batch=3", "train.accumulation=2")
+    halving = Halving("cpu", alone=False, refuse=lambda used: parts_of(chosen, "cuda", used, world=2))
+    with pytest.raises(MaeseError, match="MEM-04") as problem:
         fitting(halving, [[1, 2, 3]], memory_for(2), quiet, quiet, 1)
     assert halving.times == 0
+    first = problem.value.facts["repairs"].splitlines()[0].split("   (")[0]
+    smaller = recipe(*shlex.split(first)[3:]).train
+    assert (smaller.micro_batch, smaller.accumulation) == (1, 6)  # the batch stays
 
 
 def test_the_heaviest_micro_batch_is_that_of_the_longest_rows():

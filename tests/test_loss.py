@@ -194,10 +194,10 @@ FAMILIES = pytest.mark.parametrize(
 
 @FAMILIES
 def test_the_loss_of_a_model_is_that_of_its_logits(kind, more):
-    from maese.model.head import trusted
+    from maese.model.head import head_of
 
     model = build(kind, **more)
-    assert trusted(model)
+    assert head_of(model)
     assert_same(model)
 
 
@@ -206,7 +206,7 @@ def test_with_adapters_too_also_where_one_is_on_the_head(targets):
     import torch
 
     from maese.model.adapter import add_lora
-    from maese.model.head import trusted
+    from maese.model.head import head_of
     from maese.recipe import Method
 
     model = add_lora(build("Llama"), Method(kind="lora", rank=4, dropout=0.0))
@@ -218,14 +218,14 @@ def test_with_adapters_too_also_where_one_is_on_the_head(targets):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    assert trusted(model) == (targets == "all-linear")
+    assert (head_of(model) is not None) == (targets == "all-linear")
     assert_same(model)
 
 
 def test_a_head_that_bends_its_logits_in_a_way_of_its_own_is_not_trusted():
     import torch
 
-    from maese.model.head import trusted
+    from maese.model.head import head_of
 
     model = build("Llama")
     real = model.forward
@@ -238,14 +238,14 @@ def test_a_head_that_bends_its_logits_in_a_way_of_its_own_is_not_trusted():
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(1e-3)  # with logits this small nothing shows
     model.forward = bent
-    assert not trusted(model)
+    assert head_of(model) is None
     assert_same(model)
 
 
 def test_being_tried_leaves_the_model_and_chance_as_they_were():
     import torch
 
-    from maese.model.head import trusted
+    from maese.model.head import head_of
 
     model = build("Llama").train()
     model.model.layers[0].eval()
@@ -254,7 +254,7 @@ def test_being_tried_leaves_the_model_and_chance_as_they_were():
         [m.training for m in model.modules()],
         model.lm_head._forward_pre_hooks,
     )
-    assert trusted(model)
+    assert head_of(model)
     assert torch.equal(before, torch.get_rng_state()) and modes == [m.training for m in model.modules()] and not hooks
 
 
@@ -279,14 +279,14 @@ def test_accelerates_own_autocast_around_the_model_is_seen():
     from accelerate.state import AcceleratorState
 
     from maese.evaluate.likelihood import loss_sum
-    from maese.model.head import chunked_loss, trusted
+    from maese.model.head import chunked_loss, head_of
 
     dtypes, batch = [], batch_of()
     plain = build("GPT2")
     expected = float(plain_loss(plain, batch).detach())
     try:
         model = Accelerator(mixed_precision="bf16", cpu=True).prepare(copy.deepcopy(plain))
-        assert trusted(model)
+        assert head_of(model)
         from maese.model import head
 
         def spy(*args):

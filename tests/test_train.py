@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -276,7 +278,7 @@ def test_a_recipe_changed_by_hand_is_refused_on_resume(recipe):
     path.write_text(path.read_text("utf-8").replace("lr: 0.001", "lr: 0.002"), "utf-8")
     with pytest.raises(MaeseError) as problem:
         resume(Run("cut"))
-    assert problem.value.code == "RESUME-01" and "train.lr" in problem.value.facts["path"]
+    assert problem.value.code == "RESUME-05" and "train.lr" in problem.value.facts["found"]
     path.write_text(
         path.read_text("utf-8").replace("lr: 0.002", "lr: 0.001").replace("save_every: 2", "save_every: 3"), "utf-8"
     )
@@ -535,3 +537,34 @@ def test_find_takes_the_newest_run_of_that_recipe_and_no_other(here):
     for other in ("2", "corto", "mi-quijote"):
         with pytest.raises(MaeseError, match="RUN-02"):
             find(other)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_where_memory_is_counted_the_longest_rows_are_tried_first(recipe, tiny_llama, monkeypatch, counted):
+    from maese.train import step
+
+    real = step._passes
+    changes = (f"base={tiny_llama}", "train.micro_batch=2", "train.accumulation=1")
+
+    def narrow(session, groups, weight):
+        if max(len(rows) for rows in groups) > 1:
+            raise MemoryError
+        return real(session, groups, weight)
+
+    monkeypatch.setattr(step, "_passes", narrow)
+    asked = ("train.memory_gib=100",) if counted else ()
+    run = train(recipe("output=longest", *changes, *asked))
+    halved = [e for e in run.history() if e.get("code") == "MEM-03"]
+    assert [e["step"] for e in halved] == [0 if counted else 1]  # once, and then never again
+    monkeypatch.setattr(step, "_passes", real)
+    usual = train(recipe("output=usual", *changes))
+    assert [e["loss"] for e in steps(run)] == pytest.approx([e["loss"] for e in steps(usual)], rel=1e-5)
+
+
+def test_a_run_that_could_not_be_saved_is_refused_before_its_first_step(recipe, monkeypatch):
+    usage = SimpleNamespace(total=1 << 40, used=1 << 40, free=1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
+    with pytest.raises(MaeseError) as problem:
+        train(recipe("output=full"))
+    assert problem.value.code == "DISK-03"
+    assert not [e for e in Run("full").history() if e["type"] in ("step", "saved")]

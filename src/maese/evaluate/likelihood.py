@@ -11,14 +11,14 @@ from maese.tokens.batches import IGNORED, collate
 from maese.tokens.template import Example
 
 
-def loss_sum(model: Any, batch: dict[str, Any], fused: bool = False) -> Any:
+def loss_sum(model: Any, batch: dict[str, Any], compiled: bool = False) -> Any:
     """Cross-entropy of one micro-batch (B, T), summed over its targets in fp32; divide by their count for the mean.
 
     The sum and not the mean, because rows of unequal length make a mean of means something else. The batch is padded
     (`collate`) or packed (`collate_packed`, `collate_flat`): the model is told what it has, an attention_mask or
     position_ids. Only the positions that are learnt meet the head, a few at a time (`model.head`), where the model has
     a plain one. A batch that brings `kept`, the places before learnt tokens counted over all rows, need not be asked:
-    a card would have to be waited for. `fused`: the softmax may be compiled, for runs that pay for it.
+    a card would have to be waited for. `compiled`: the softmax may be compiled, for runs that pay for it.
     """
     import torch.nn.functional as F
 
@@ -36,7 +36,7 @@ def loss_sum(model: Any, batch: dict[str, Any], fused: bool = False) -> Any:
         hidden_BTD, rest = hidden_states(model, head, seen)
         # FSDP2 leaves the head whole after the pass, unless it was told otherwise.
         if hidden_BTD is not None and not in_pieces(head.module):
-            return head.loss(learnt(hidden_BTD), targets, rest, fused)
+            return head.loss(learnt(hidden_BTD), targets, rest, compiled)
         logits_BTV = rest if hidden_BTD is None else model(**seen, use_cache=False).logits
     else:
         logits_BTV = model(**seen, use_cache=False).logits

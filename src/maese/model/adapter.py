@@ -19,7 +19,10 @@ ABOUT = "maese.json"
 
 
 def add_lora(model: Any, method: Method) -> Any:
-    """The model with fresh adapters; only they will train. Error: ADAPT-02 (a target the model does not have)."""
+    """The model with fresh adapters; only they will train.
+
+    Errors: ADAPT-02 (a target the model does not have), ADAPT-03 (PEFT takes none there).
+    """
     quiet()
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
@@ -40,7 +43,12 @@ def add_lora(model: Any, method: Method) -> Any:
         # GPT-2 keeps its matrices transposed.
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as problem:  # what PEFT knows that a family cannot bear, as Mamba's out_proj
+        raise MaeseError(
+            "ADAPT-03", family=model.config.model_type, reason=str(problem).splitlines()[0][:160]
+        ) from problem
 
 
 def linear_names(model: Any) -> set[str]:

@@ -26,7 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from maese.model.attention_cpu import documents
-from maese.model.head import _causal
+from maese.model.head import causal_of
 from maese.tokens.batches import collate_flat
 from maese.tokens.template import Example
 
@@ -174,7 +174,7 @@ def unpadded(model: Any, longest: int) -> bool:
     with any doubt it stays as it was. A model that caps its attention or slides cannot; nor, on a card, one that drops.
     """
     global _kernel, _met
-    inner = _causal(model)
+    inner = causal_of(model)
     before = getattr(inner.config, "_attn_implementation", None)
     _kernel = kernel(next(model.parameters()).device.type)
     if _kernel is None or before not in ("sdpa", NAME):
@@ -204,7 +204,7 @@ def unpadded(model: Any, longest: int) -> bool:
 def _keeps_apart(model: Any, longest: int) -> bool:
     """Whether a document notices nothing of its neighbours nor of what comes later, and is what it is alone."""
     device = next(model.parameters()).device
-    vocabulary = _causal(model).get_input_embeddings().num_embeddings
+    vocabulary = causal_of(model).get_input_embeddings().num_embeddings
     spans = (range(9), [3], range(9, 20), range(20, 26))
     first, word, other, last = ([i % vocabulary for i in ids] for ids in spans)
 

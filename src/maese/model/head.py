@@ -41,15 +41,15 @@ class Head:
     softcap: float | None = None
 
     def loss(
-        self, hidden_ND: torch.Tensor, targets_N: torch.Tensor, dtype: torch.dtype, fused: bool = False
+        self, hidden_ND: torch.Tensor, targets_N: torch.Tensor, dtype: torch.dtype, compiled: bool = False
     ) -> torch.Tensor:
-        """`chunked_loss` through this head, multiplied in `dtype`; `fused` has its softmax compiled where that pays."""
+        """`chunked_loss` through this head, multiplied in `dtype`; `compiled` has its softmax so where that pays."""
         bias_V: torch.Tensor | None = self.module.bias
         if self.scale != 1.0:  # on the narrow side of the product
             hidden_ND = hidden_ND * self.scale
             bias_V = bias_V if bias_V is None else bias_V * self.scale
-        fused = fused and hidden_ND.device.type == "cuda"
-        return chunked_loss(hidden_ND, self.module.weight, bias_V, targets_N, self.softcap, dtype, fused)
+        compiled = compiled and hidden_ND.device.type == "cuda"
+        return chunked_loss(hidden_ND, self.module.weight, bias_V, targets_N, self.softcap, dtype, compiled)
 
 
 def chunked_loss(
@@ -191,18 +191,13 @@ def _add_product(total_VD: torch.Tensor, logits_NV: torch.Tensor, hidden_ND: tor
 _KNOWN: WeakKeyDictionary[Any, Head | None] = WeakKeyDictionary()
 
 
-def trusted(model: Any) -> bool:
-    """Whether the loss of this model is taken without its logits; if not, they are made whole, as the model says."""
-    return head_of(model) is not None
-
-
 def head_of(model: Any) -> Head | None:
     """The head of a causal model (wrapped or not), or None where it is not a plain matrix at the end.
 
     Tried once for each model on a few tokens, and not believed from its configuration: what the model says must be
     what this head says of the same hidden states, also when these are large enough to show a cap.
     """
-    inner = _causal(model)
+    inner = causal_of(model)
     module: Any = getattr(inner, "get_output_embeddings", lambda: None)()
     # With pieces of it on other processes only what was known before it was cut can be told.
     if module is not None and (in_pieces(module) or hasattr(module, "set_requires_gradient_sync")):
@@ -250,7 +245,7 @@ def _dtype(module: torch.nn.Linear, hidden: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else module.weight.dtype
 
 
-def _causal(model: Any) -> Any:
+def causal_of(model: Any) -> Any:
     """The causal model of transformers inside what wraps it: DDP, a compiler, adapters."""
     while inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None):
         model = inner

@@ -194,8 +194,8 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def refusals(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Dotted keys of two recipes (`model_dump`) that a run cannot be resumed across: `["train.lr", "train.seed"]`.
+def refusals(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """What a run cannot be resumed across in two recipes (`model_dump`): `[("train.lr", 3e-4, 0.5)]`, then and now.
 
     What only decides when to look, save or speak may change, and so may the micro-batch while a step has as many rows.
     A key that one of them does not have yet, being older, has its default.
@@ -206,7 +206,7 @@ def refusals(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     one, other = "train.micro_batch", "train.accumulation"
     if old[one] * old[other] != new[one] * new[other]:
         refused += [key for key in (one, other) if key in changed]
-    return refused
+    return [(key, old.get(key), new.get(key)) for key in refused]
 
 
 def _every_key(tree: dict[str, Any]) -> dict[str, Any]:

@@ -149,7 +149,8 @@ def fitting(
     """What `do(micro_batches)` gives; when memory runs out, undone and done again with half the rows at once.
 
     `do` runs forward and backward and nothing else: moving the weights cannot be undone. Each try begins from the same
-    random state. Said once for each halving (MEM-03). Error: at one row, what `halving.refuse` gives (MEM-01, MEM-02).
+    random state. Said once for each halving (MEM-03). Error: at one row, or with other
+    processes that cannot wait, what `halving.refuse` gives (MEM-01, MEM-02, MEM-04).
     """
     began = rng_state()
     while True:
@@ -214,8 +215,10 @@ def give_back() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def no_room(model: Any, optimizer: Any, recipe: Recipe, run: Any, device: str, used: float) -> MaeseError:
-    """MEM-01 (card) or MEM-02 (RAM): what weighs how much, in GiB, and what can be done with its price.
+def no_room(
+    model: Any, optimizer: Any, recipe: Recipe, run: Any, device: str, used: float, world: int = 1
+) -> MaeseError:
+    """MEM-01 (card), MEM-02 (RAM) or MEM-04 (several processes): what weighs how much, in GiB, and what can be done.
 
     `used` is what was in use when it failed; what is neither weights, gradients nor optimizer is told as activations.
     """
@@ -237,8 +240,15 @@ def no_room(model: Any, optimizer: Any, recipe: Recipe, run: Any, device: str, u
         # Python and torch alone take some of it: under a ceiling lower than that no other way leads out.
         higher = math.ceil(used * 12) / 10
         ways.insert(0, (f"train.memory_gib={higher:.1f}", "ceiling", higher))
+    train = recipe.train
+    if divisible := world > 1 and train.micro_batch > 1:  # the others wait in the exchange: one cannot redo its step
+        parts = 2 if train.micro_batch % 2 == 0 else train.micro_batch
+        smaller = f"train.micro_batch={train.micro_batch // parts} train.accumulation={train.accumulation * parts}"
+        ways.insert(0, (smaller, "smaller", rest * (1 - 1 / parts)))
     repairs = "\n".join(f"{typed} {change}   ({say(f'memory.repair.{key}', gib=gib)})" for change, key, gib in ways)
     facts |= {"rest": rest, "used": used, "length": length, "repairs": repairs}
+    if divisible:
+        return MaeseError("MEM-04", **facts)
     return MaeseError("MEM-01", **facts) if device == "cuda" else MaeseError("MEM-02", **facts)
 
 

@@ -41,7 +41,8 @@ def train(recipe: Recipe, watch: Watch = None) -> runs.Run:
 def resume(run: runs.Run, watch: Watch = None) -> runs.Run:
     """Go on with a run that stopped: from its last whole checkpoint, or from the start if it had none yet.
 
-    Errors: RUN-04 (it had ended), RESUME-01 (data or base changed), RESUME-02 (no checkpoint is whole).
+    Errors: RUN-04 (it had ended), RESUME-01 (data or base changed), RESUME-02 (no checkpoint is whole),
+    RESUME-05 (the recipe changed in what is learnt).
     """
     if (run.read("state.json") or {}).get("status") == "finished":
         raise MaeseError("RUN-04", run=str(run.path))
@@ -80,7 +81,8 @@ def _go_back(session: Session) -> None:
     if manifest["state"]["base_sha256"] != load.weights_hash(session.base):
         raise agreed(MaeseError("RESUME-01", path=session.recipe.base, run=str(session.run.path)))
     if changed := checkpoint.refusals(manifest["recipe"], session.recipe.model_dump(mode="json")):
-        raise agreed(MaeseError("RESUME-01", path=f"recipe.yaml ({', '.join(changed)})", run=str(session.run.path)))
+        then, found = (", ".join(f"{key}: {said[i]}" for key, *said in changed) for i in (0, 1))
+        raise agreed(MaeseError("RESUME-05", found=found, then=then, run=str(session.run.path)))
     _start(session, manifest["step"], manifest["step"])
     for name, file in refused:
         # Left there, it would count among those kept when older ones are let go, and be tried again every time.

@@ -175,7 +175,7 @@ def _open(
     session.together = together
     session.halving = Halving(
         here.device, recipe.train.memory_gib, together.world == 1,
-        lambda used: no_room(accelerator.unwrap_model(model), optimizer, resolved, run.path, here.device, used),
+        lambda used: no_room(session.inner[0], optimizer, resolved, run.path, here.device, used, together.world),
     )  # fmt: skip
     session.unpadded = together.each(lambda: unpadded(model, recipe.data.max_length))
     if pays(recipe.train, here.device, session.steps):

@@ -140,7 +140,7 @@ def _passes(session: Session, groups: list[list[Any]], weight: float) -> Any:
         # Whole gradients kept until the last group would not fit where weights lie in pieces.
         later = i + 1 < len(groups) and not session.together.sharded
         with accelerator.no_sync(session.model) if later else nullcontext():
-            loss = loss_sum(session.model, batch, fused=bool(session.compiled))
+            loss = loss_sum(session.model, batch, compiled=bool(session.compiled))
             session.halving.check()
             # Distribution averages the gradients over processes; the world in the weight makes it the sum again.
             accelerator.backward(loss * weight)
