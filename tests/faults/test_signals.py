@@ -17,7 +17,7 @@ from maese.run import Run
 STEP = ["maese.train.loop:rate"]  # called once a step
 # Where a signal finds the run, and at which of its calls: the second look is that of step 5.
 PHASES = {
-    "first look": ("maese.train.milestones:loss_and_targets", 1), "step": ("maese.train.loop:loss_sum", 9),
+    "first look": ("maese.train.milestones:loss_and_targets", 1), "step": ("maese.train.step:loss_sum", 9),
     "validating": ("maese.train.milestones:loss_and_targets", 2), "sampling": ("maese.train.milestones:Writer", 2),
     "saving": ("safetensors.torch:save_file", 5), "moving": ("os:replace", 6),
 }  # fmt: skip

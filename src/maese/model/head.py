@@ -82,7 +82,9 @@ class _Chunked(torch.autograd.Function):
         wide = torch.promote_types(dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=hidden_ND.device)
         grad_h = torch.empty_like(hidden_ND) if wants_h else None
-        grad_w = torch.zeros_like(weight_VD, dtype=wide) if wants_w else None
+        # As large as the head: filling it with zeros first would take longer than some of the products.
+        fresh = torch.empty_like if len(hidden_ND) else torch.zeros_like
+        grad_w = fresh(weight_VD, dtype=wide) if wants_w else None
         grad_b = torch.zeros_like(bias_V, dtype=wide) if wants_b else None
         ctx.dtypes = [dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype]
         weight_VD, bias_V = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
@@ -94,7 +96,7 @@ class _Chunked(torch.autograd.Function):
                 if grad_h is not None:
                     torch.mm(logits, weight_VD, out=grad_h[at])
                 if grad_w is not None:
-                    _add_product(grad_w, logits, hidden_ND[at])
+                    _add_product(grad_w, logits, hidden_ND[at], first=at.start == 0)
                 if grad_b is not None:
                     grad_b += logits.sum(0, dtype=wide)
         ctx.save_for_backward(grad_h, grad_w, grad_b)
@@ -178,14 +180,15 @@ def _compiled() -> Callable[..., Any]:
     return step
 
 
-def _add_product(total_VD: torch.Tensor, logits_NV: torch.Tensor, hidden_ND: torch.Tensor) -> None:
-    """`total += logits.T @ hidden`, added in the precision of `total`."""
+def _add_product(total_VD: torch.Tensor, logits_NV: torch.Tensor, hidden_ND: torch.Tensor, first: bool) -> None:
+    """`total += logits.T @ hidden`, added in the precision of `total`; the `first` one finds nothing there yet."""
     if total_VD.dtype == logits_NV.dtype:
-        total_VD.addmm_(logits_NV.t(), hidden_ND)
+        total_VD.addmm_(logits_NV.t(), hidden_ND, beta=0 if first else 1)
         return
     tile = TILE if total_VD.device.type == "cpu" else len(total_VD)
     for i in range(0, len(total_VD), tile):
-        total_VD[i : i + tile] += logits_NV[:, i : i + tile].t() @ hidden_ND
+        product, here = logits_NV[:, i : i + tile].t() @ hidden_ND, total_VD[i : i + tile]
+        here.copy_(product) if first else here.add_(product)
 
 
 _KNOWN: WeakKeyDictionary[Any, Head | None] = WeakKeyDictionary()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from maese.errors import MaeseError
 from maese.recipe import Train
+
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # their numbers in glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,16 @@ def machine(train: Train | None = None) -> Machine:
 def allocator() -> None:
     """Let a card's memory grow in one piece, so that rows of many lengths leave no holes, unless the user chose.
 
-    It counts only before the card is first used. On a processor it changes nothing.
+    It counts only before the card is first used. For main memory, glibc is told to keep what is let go of for the next
+    step: it would give the gradients of a large matrix back to the system and have every page zeroed again.
     """
+    if sys.platform == "linux":
+        import ctypes
+
+        with suppress(OSError, AttributeError):  # another C library has no such call
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            mallopt(MMAP_THRESHOLD, 1 << 30)
+            mallopt(TRIM_THRESHOLD, (1 << 31) - 1)
     if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
