@@ -72,8 +72,8 @@ def take_step(
     if company:
         _passes(session, company, 0.0)
     norm = accelerator.clip_grad_norm_(session.model.parameters(), session.recipe.train.clip)
-    if following:
-        session.feed.expect(session.halving.split(_shares(session, following)[0])[0])
+    if following and (coming := session.halving.split(_shares(session, following)[0])):  # in a short one, none of ours
+        session.feed.expect(coming[0])
     total, norm = _read(session, total, norm)
     loss, tokens = total / targets, int(session.data.train.lengths[rows].sum())
     verdict = session.spikes.judge(loss, norm, scaled=session.machine.precision == "fp16")
