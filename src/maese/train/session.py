@@ -177,7 +177,7 @@ def _open(
         here.device, recipe.train.memory_gib, together.world == 1,
         lambda used: no_room(session.inner[0], optimizer, resolved, run.path, here.device, used, together.world),
     )  # fmt: skip
-    if not together.sharded:  # a run with dropout, resumed in pieces, would not draw again what it drew
+    if not together.sharded:  # tried there, a run with dropout that is resumed does not repeat; why is not known yet
         session.unpadded = together.each(lambda: unpadded(model, recipe.data.max_length))
     if pays(recipe.train, here.device, session.steps):
         session.compiled = compile_blocks(model)

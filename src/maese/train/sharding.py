@@ -70,6 +70,13 @@ def as_pieces(tensor: Any, like: Any) -> Any:
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
+def cut_again(model: Any) -> None:
+    """Let go of what FSDP2 keeps whole after a pass: once the pieces have changed, it is no longer what they say."""
+    for part in model.modules():
+        if hasattr(part, "reshard"):
+            part.reshard()
+
+
 def whole_state(model: Any, here: bool) -> dict[str, Any]:
     """The state of a model with all its tensors gathered; what is one tensor under two names stays so."""
     made: dict[int, Any] = {}
