@@ -22,7 +22,7 @@ from maese import recipe as recipes
 from maese.errors import MaeseError
 from maese.run import disk, sync
 from maese.train.guard import rng_state, set_rng_state
-from maese.train.sharding import as_pieces, cut_again, gathered
+from maese.train.sharding import as_pieces, gathered
 from maese.train.together import Together
 
 MANIFEST = "MANIFEST.json"
@@ -279,7 +279,6 @@ def load_weights(folder: Path, model: Any) -> None:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(as_pieces(saved[name].to(parameter.device), parameter))
-    cut_again(model)
 
 
 def trainable(model: Any, here: bool = True) -> dict[str, Any]:

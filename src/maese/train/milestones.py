@@ -15,14 +15,14 @@ from maese.plan.machine import memory_peak_gib
 from maese.tokens.template import open_template
 from maese.train import checkpoint
 from maese.train.session import Session
-from maese.train.sharding import whole_state
+from maese.train.sharding import cut_again, whole_state
 
 # Samples on the way are a glance; the full length is for the end.
 GLANCE_TOKENS = 48
 
 
 def plan(session: Session) -> None:
-    every, trained = parameters(session.accelerator.unwrap_model(session.model))
+    every, trained = parameters(session.inner[0])
     train, facts = session.recipe.train, session.data.facts
     session.tell(
         "plan",
@@ -47,12 +47,13 @@ def _enough(session: Session) -> int:
 def look(session: Session, final: bool) -> None:
     """Validate, remember the best, and write a glance of what the model says now."""
     state, recipe = session.state, session.recipe
-    model = session.accelerator.unwrap_model(session.model)
+    model, _ = session.inner
     if len(session.data.validation) and not final:
         with session.accelerator.autocast():
             pad = load.pad_id(session.tokenizer)
             sizes = (max(4, recipe.train.micro_batch), session.together.rank, session.together.world)
             total, counted = session.together.sums(*loss_and_targets(model, session.data.validation, pad, *sizes))
+        cut_again(model)
         loss, targets = total / max(1, counted), int(counted)
         # The untouched base is the measure, not a candidate: final/ holds weights that were trained.
         best = state.step > 0 and (state.best_loss is None or loss < state.best_loss)
@@ -69,6 +70,7 @@ def look(session: Session, final: bool) -> None:
         # With its weights in pieces a model speaks only when all processes have it speak, the same.
         speak = session.together.each if session.together.sharded else session.together.first
         speak(lambda: samples(session, model, whole, final))
+        cut_again(model)
 
 
 def samples(session: Session, model: Any, whole: bool, final: bool) -> None:
@@ -87,7 +89,7 @@ def samples(session: Session, model: Any, whole: bool, final: bool) -> None:
 
 
 def save(session: Session) -> None:
-    model, optimizer = session.accelerator.unwrap_model(session.model), session.optimizer.optimizer
+    model, optimizer = session.inner
     state = {
         **session.state.__dict__,
         "base_sha256": load.weights_hash(session.base) if session.main else "",
@@ -106,7 +108,7 @@ def save(session: Session) -> None:
 def finish(session: Session, reason: str) -> None:
     """Choose the weights, write final/, let them speak once, and close the run."""
     state, recipe = session.state, session.recipe
-    model = session.accelerator.unwrap_model(session.model)
+    model, _ = session.inner
     chosen = state.step
     best = checkpoint.best(session.run.checkpoints, state.best_step)
     kept = session.together.first(best.is_dir)

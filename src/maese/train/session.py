@@ -28,7 +28,7 @@ from maese.train.compiling import compile_blocks, pays
 from maese.train.feed import Feed, gather
 from maese.train.guard import Halving, Spikes, no_room
 from maese.train.optim import optimizer as build_optimizer
-from maese.train.sharding import accelerator_of, refuse_sharded
+from maese.train.sharding import accelerator_of, cut_again, refuse_sharded
 from maese.train.together import Together, alone, gone, join
 
 Watch = Callable[[runs.Event], object] | None
@@ -177,8 +177,8 @@ def _open(
         here.device, recipe.train.memory_gib, together.world == 1,
         lambda used: no_room(session.inner[0], optimizer, resolved, run.path, here.device, used, together.world),
     )  # fmt: skip
-    if not together.sharded:  # tried there, a run with dropout that is resumed does not repeat; why is not known yet
-        session.unpadded = together.each(lambda: unpadded(model, recipe.data.max_length))
+    session.unpadded = together.each(lambda: unpadded(model, recipe.data.max_length))
+    cut_again(model)
     if pays(recipe.train, here.device, session.steps):
         session.compiled = compile_blocks(model)
     return session

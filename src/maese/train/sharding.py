@@ -71,7 +71,11 @@ def as_pieces(tensor: Any, like: Any) -> Any:
 
 
 def cut_again(model: Any) -> None:
-    """Let go of what FSDP2 keeps whole after a pass: once the pieces have changed, it is no longer what they say."""
+    """Once a pass has no way back, let go of what FSDP2 still keeps whole after it: embeddings and head.
+
+    Until then these are all that is seen of them: what is put there never reaches the pieces, and the optimizer knows
+    nothing under them. All processes must do so at the same moment.
+    """
     for part in model.modules():
         if hasattr(part, "reshard"):
             part.reshard()
