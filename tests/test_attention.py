@@ -92,13 +92,10 @@ def test_a_flat_row_holds_every_document_and_says_where_it_ends():
     assert full["cu_seq_lens_q"].tolist() == [0, 64] and full["max_length_q"] == 64
 
 
-@KINDS
-@SIGNATURES
-def test_a_flat_row_is_each_document_alone_in_loss_and_in_gradient(card, kind, signature):
+def flat_is_alone(kind):
     from maese.evaluate.likelihood import loss_sum
     from maese.model.attention import unpadded
 
-    card(signature)
     model, some = make(kind, "sdpa"), documents()
     expected = sum(alone(model, example) for example in some)
     apart = gradients(model, expected)
@@ -109,24 +106,19 @@ def test_a_flat_row_is_each_document_alone_in_loss_and_in_gradient(card, kind, s
     size = max(float(g.norm()) for g in apart.values())
     for name in apart:
         assert float((flat[name] - apart[name]).norm()) <= 1e-5 * max(float(apart[name].norm()), 1e-2 * size), name
+
+
+@KINDS
+@SIGNATURES
+def test_a_flat_row_is_each_document_alone_in_loss_and_in_gradient(card, kind, signature):
+    card(signature)
+    flat_is_alone(kind)
 
 
 @KINDS
 def test_so_it_is_on_a_processor_with_a_kernel_of_ours(processor, kind):
-    from maese.evaluate.likelihood import loss_sum
-    from maese.model.attention import unpadded
-
     processor()
-    model, some = make(kind, "sdpa"), documents()
-    expected = sum(alone(model, example) for example in some)
-    apart = gradients(model, expected)
-    assert unpadded(model, 40) and not model.training
-    whole = loss_sum(model, collate_flat(some, pad=1))
-    assert float(whole.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
-    flat = gradients(model, whole)
-    size = max(float(g.norm()) for g in apart.values())
-    for name in apart:
-        assert float((flat[name] - apart[name]).norm()) <= 1e-5 * max(float(apart[name].norm()), 1e-2 * size), name
+    flat_is_alone(kind)
 
 
 def test_on_a_processor_attention_may_drop_and_share_its_keys():

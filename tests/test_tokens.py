@@ -82,12 +82,13 @@ def test_pad_that_is_the_end_token_never_hides_it_from_the_loss(tmp_path):
 
 def test_padding_changes_no_loss(tiny, tokenizer):
     """Rows together, padded = the same rows one by one."""
-    from maese.evaluate.likelihood import mean_loss
+    from maese.evaluate.likelihood import loss_and_targets
     from maese.model.load import load_model
 
     rows = [render(pair(f"¿Cuánto es {i}?", "Son " + "muchos " * i), tokenizer) for i in range(7)]
     model = load_model(tiny)
-    assert mean_loss(model, rows, 1, 7)[0] == pytest.approx(mean_loss(model, rows, 1, 1)[0], abs=1e-5)
+    (together, targets), (apart, same) = (loss_and_targets(model, rows, 1, size) for size in (7, 1))
+    assert targets == same and together / targets == pytest.approx(apart / targets, abs=1e-5)
 
 
 def test_every_row_once_an_epoch_and_the_same_from_any_step():

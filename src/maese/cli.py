@@ -287,7 +287,7 @@ def run(arguments: list[str]) -> int:
         # Someone closed the other end (`| head`): there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except Exception:
+    except Exception:  # nobody foresaw it: a person gets a file to send us, not a traceback
         import tempfile
         import traceback
 

@@ -214,7 +214,7 @@ def fields(model: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, Any]:
 class _Loader(yaml.SafeLoader):
     """YAML that leaves numbers as they were written: what a `010`, a `1:30` or a `2026.10` is, its key decides."""
 
-    yaml_implicit_resolvers: ClassVar[dict] = {}  # type: ignore[misc]
+    yaml_implicit_resolvers: ClassVar[dict] = {}  # type: ignore[misc]  # its parent's is no ClassVar
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()

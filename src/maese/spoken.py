@@ -36,11 +36,11 @@ class Spoken:
     """Click's own headings in the language of the person."""
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        pieces = " ".join(self.collect_usage_pieces(ctx))  # type: ignore[attr-defined]
+        pieces = " ".join(self.collect_usage_pieces(ctx))  # type: ignore[attr-defined]  # of the command it is mixed into
         formatter.write_usage(ctx.command_path, pieces, prefix=say("cli.usage") + " ")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        params = [p for p in self.get_params(ctx) if isinstance(p, click.Option)]  # type: ignore[attr-defined]
+        params = [p for p in self.get_params(ctx) if isinstance(p, click.Option)]  # type: ignore[attr-defined]  # likewise
         rows = [row for p in params if (row := p.get_help_record(ctx))]
         with formatter.section(say("cli.options")):
             formatter.write_dl(rows)
@@ -48,7 +48,7 @@ class Spoken:
             self.format_commands(ctx, formatter)
 
     def get_help_option(self, ctx: click.Context) -> click.Option | None:
-        option = super().get_help_option(ctx)  # type: ignore[misc]
+        option = super().get_help_option(ctx)  # type: ignore[misc]  # likewise
         if option:
             option.help = say("cli.help")
         return option

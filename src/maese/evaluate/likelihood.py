@@ -43,21 +43,13 @@ def loss_sum(model: Any, batch: dict[str, Any], compiled: bool = False) -> Any:
     return F.cross_entropy(learnt(logits_BTV).float(), targets, reduction="sum")
 
 
-def mean_loss(model: Any, examples: Sequence[Example], pad: int, micro_batch: int) -> tuple[float, int]:
-    """Mean loss in nats per target token over all examples, and how many targets there were.
-
-    Rows of like length go together, which changes the time and not the figure.
-    """
-    total, targets = loss_and_targets(model, examples, pad, micro_batch)
-    return total / max(1, targets), targets
-
-
 def loss_and_targets(
     model: Any, examples: Sequence[Example], pad: int, micro_batch: int, rank: int = 0, world: int = 1
 ) -> tuple[float, int]:
     """The loss in nats summed over one share of the examples in `world`, and how many targets that has.
 
-    Every share takes the same number of passes, as models whose weights lie in pieces need.
+    Rows of like length go together, which changes the time and not the figure. Every share takes the same number of
+    passes, as models whose weights lie in pieces need.
     """
     import torch
 

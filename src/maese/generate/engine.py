@@ -134,7 +134,7 @@ class Writer:
         try:
             return recipes.Generate.model_validate(self.settings.model_dump() | given)
         except ValueError as problem:
-            raise recipes.mistake(problem) from None  # type: ignore[arg-type]
+            raise recipes.mistake(problem) from None  # type: ignore[arg-type]  # pydantic's is one
 
     def _write(self, ids: list[int], settings: recipes.Generate, on_text: Callable[[str], object] | None) -> Answer:
         wanted = settings.sentences

@@ -51,19 +51,21 @@ def machine(train: Train | None = None) -> Machine:
 
 
 def allocator() -> None:
-    """Let a card's memory grow in one piece, so that rows of many lengths leave no holes, unless the user chose.
+    """On Linux, have glibc keep memory that is let go of, and a card's memory grow in one piece.
 
-    It counts only before the card is first used. For main memory, glibc is told to keep what is let go of for the next
-    step: it would give the gradients of a large matrix back to the system and have every page zeroed again.
+    glibc would give the gradients of a large matrix back to the system, and have every page zeroed again for the next
+    step. On a card, rows of many lengths then leave no holes: it counts only before the card is first used, and not
+    where the user chose.
     """
-    if sys.platform == "linux":
-        import ctypes
+    if sys.platform != "linux":
+        return
+    import ctypes
 
-        with suppress(OSError, AttributeError):  # another C library has no such call
-            mallopt = ctypes.CDLL("libc.so.6").mallopt
-            mallopt(MMAP_THRESHOLD, 1 << 30)
-            mallopt(TRIM_THRESHOLD, (1 << 31) - 1)
-    if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    with suppress(OSError, AttributeError):  # another C library has no such call
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(MMAP_THRESHOLD, 1 << 30)
+        mallopt(TRIM_THRESHOLD, (1 << 31) - 1)
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 

@@ -156,7 +156,7 @@ class Doctor:
     def unread(self, problem: MaeseError) -> None:
         """Take into account what the reader could not read."""
         kind, facts = READING.get(problem.code, "keys"), problem.facts
-        line = self._place(str(facts.get("path", "")), int(facts.get("line", 1)))  # type: ignore[call-overload]
+        line = self._place(str(facts.get("path", "")), int(facts.get("line", 1)))  # type: ignore[call-overload]  # facts are of any type
         # Of what is no text there is nothing to show: its «found» is the name of a type.
         names = ("shown", "keys", "other_format", *(("found",) if kind != "not_text" else ()))
         shown = str(next((facts[name] for name in names if facts.get(name)), ""))
@@ -344,7 +344,7 @@ class Doctor:
     def _long(self) -> None:
         if found := self.kinds.get("too_long"):
             sizes = sorted(self.sizes)
-            over = [size - self.limit for size in sizes if size > (self.limit or 0)]  # type: ignore[operator]
+            over = [size - self.limit for size in sizes if size > (self.limit or 0)]  # type: ignore[operator]  # with no limit none is found
             found.facts = {
                 "limit": self.limit,
                 "tokens": sum(over),

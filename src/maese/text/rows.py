@@ -56,7 +56,7 @@ def lines(stream: BinaryIO, name: str, fault: Fault) -> Iterator[tuple[int, str]
         if number == 1:
             if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 fault(_encoding(name, raw, number))
-                wide = codecs.getreader("utf-16")(Joined(raw, stream), "replace")  # type: ignore[arg-type]
+                wide = codecs.getreader("utf-16")(Joined(raw, stream), "replace")  # type: ignore[arg-type]  # it only reads
                 yield from ((i, line.rstrip("\r\n")) for i, line in enumerate(wide, 1))
                 return
             if raw.count(0) * 4 > len(raw):  # UTF-16 or 32 without its mark: no UTF-8 text is a quarter of NULs

@@ -168,7 +168,7 @@ def _unpacked(piece: Piece, kind: str) -> Callable[[], Any]:
                     with library.open(raw) as stream:
                         yield stream
                 else:
-                    yield io.BufferedReader(_Zstd(raw), 2**20)  # type: ignore[misc]
+                    yield io.BufferedReader(_Zstd(raw), 2**20)  # type: ignore[misc]  # all that it asks of a raw stream
         except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, zstandard.ZstdError):
             raise MaeseError("DATA-20", path=piece.name) from None
 
@@ -240,7 +240,7 @@ def _zip(piece: Piece) -> Iterator[Piece]:
                 ):  # it asks for a password, or is packed in a way unknown here
                     raise MaeseError("DATA-20", path=piece.name) from None
                 with stream:
-                    yield stream  # type: ignore[misc]
+                    yield stream  # type: ignore[misc]  # zipfile's own kind of file
         except (zipfile.BadZipFile, EOFError, zlib.error):
             raise MaeseError("DATA-20", path=piece.name) from None
 

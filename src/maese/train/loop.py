@@ -44,12 +44,10 @@ def resume(run: runs.Run, watch: Watch = None) -> runs.Run:
     Errors: RUN-04 (it had ended), RESUME-01 (data or base changed), RESUME-02 (no checkpoint is whole),
     RESUME-05 (the recipe changed in what is learnt).
     """
-    if (run.read("state.json") or {}).get("status") == "finished":
-        raise MaeseError("RUN-04", run=str(run.path))
+    _refuse_finished(run)
     session = open_session(run.recipe(), run, watch)
     with closing(session):
-        if (run.read("state.json") or {}).get("status") == "finished":  # by another process, while this one loaded
-            raise agreed(MaeseError("RUN-04", run=str(run.path)))
+        _refuse_finished(run)  # again: another process may have ended it while this one loaded
         session.together.each(lambda: _same_data(session))
         session.together.first(lambda: checkpoint.sweep(run.path))
         if session.together.first(lambda: bool(checkpoint.saved(run.checkpoints))):
@@ -58,6 +56,11 @@ def resume(run: runs.Run, watch: Watch = None) -> runs.Run:
             _begin(session, resumed_from=0)
         _loop(session)
     return session.run
+
+
+def _refuse_finished(run: runs.Run) -> None:
+    if (run.read("state.json") or {}).get("status") == "finished":
+        raise agreed(MaeseError("RUN-04", run=str(run.path)))
 
 
 def _begin(session: Session, resumed_from: int | None) -> None:

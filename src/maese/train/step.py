@@ -37,7 +37,7 @@ def order(session: Session, start: int, stop: int) -> Iterator[tuple[MicroBatche
     data, train, rows = session.recipe.data, session.recipe.train, session.data.train
     sizes = (train.micro_batch, train.accumulation, train.seed, start, stop)
     every = packed_batches(rows.lengths, data.max_length, *sizes) if data.packing else batches(len(rows), *sizes)
-    return pairwise(chain(every, [None]))  # type: ignore[list-item, arg-type, return-value]
+    return pairwise(chain(every, [None]))  # type: ignore[list-item, arg-type, return-value]  # the end
 
 
 def try_the_longest(session: Session) -> None:
