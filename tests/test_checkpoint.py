@@ -57,8 +57,8 @@ def test_what_does_not_fit_twice_is_refused_before_a_byte_is_written(saving, mon
     assert problem.value.facts["needed"] * 2**30 == pytest.approx(free + 2)
     with pytest.raises(MaeseError, match="DISK-03"):
         saving(2)
-    assert names(saving.folder) == ["step-000001"]
-    assert checkpoint.damage(saving.folder / "step-000001") is None
+    assert names(saving.folder) == ["checkpoint-1"]
+    assert checkpoint.damage(saving.folder / "checkpoint-1") is None
 
 
 def test_what_a_checkpoint_will_weigh_is_known_before_the_first_step(saving):
@@ -89,23 +89,23 @@ def test_a_disk_that_cannot_flush_is_good_enough_and_one_that_fails_is_not(savin
     monkeypatch.setattr(os, "fsync", flush(errno.EIO))
     with pytest.raises(OSError):
         saving(2)
-    assert names(saving.folder) == ["step-000001"]
+    assert names(saving.folder) == ["checkpoint-1"]
 
 
 def test_only_whole_ones_are_counted_among_those_kept(saving):
     for step in (1, 2):
         saving(step)
-    (saving.folder / "step-000002" / "rng.safetensors").write_bytes(b"")
+    (saving.folder / "checkpoint-2" / "rng.safetensors").write_bytes(b"")
     saving(3)
-    assert names(saving.folder) == ["step-000001", "step-000002", "step-000003"]
+    assert names(saving.folder) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
     saving(4)
-    assert [p.name for p in checkpoint.saved(saving.folder) if checkpoint.intact(p)] == ["step-000003", "step-000004"]
+    assert [p.name for p in checkpoint.saved(saving.folder) if checkpoint.intact(p)] == ["checkpoint-3", "checkpoint-4"]
 
 
 def test_the_one_resumed_from_is_not_let_go(saving):
     for step in range(1, 6):
         saving(step, keep=1, spare={2})
-    assert names(saving.folder) == ["step-000002", "step-000005"]
+    assert names(saving.folder) == ["checkpoint-2", "checkpoint-5"]
 
 
 def test_the_best_of_every_checkpoint_kept_stays(saving):
@@ -114,7 +114,7 @@ def test_the_best_of_every_checkpoint_kept_stays(saving):
         checkpoint.save_best(saving.folder, step, saving.model)
         saving(step)
         checkpoint.keep_best(saving.folder, step)
-    assert names(saving.folder) == ["best-000002", "best-000003", "step-000002", "step-000003"]
+    assert names(saving.folder) == ["best-000002", "best-000003", "checkpoint-2", "checkpoint-3"]
 
 
 def test_the_best_is_checked_like_the_others(saving):
@@ -139,20 +139,20 @@ def test_saving_a_step_again_never_leaves_it_without_one(saving, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(OSError):
         patch.setattr(os, "replace", fails)
         saving(1)
-    assert names(saving.folder) == ["step-000001"]
-    assert (saving.folder / "step-000001" / "model.safetensors").read_bytes() == first
+    assert names(saving.folder) == ["checkpoint-1"]
+    assert (saving.folder / "checkpoint-1" / "model.safetensors").read_bytes() == first
     assert (saving(1) / "model.safetensors").read_bytes() != first
 
 
 def test_a_death_between_two_renames_is_mended(saving):
     path = saving(3)
-    os.rename(path, saving.folder / "step-000003.old-99")
-    shutil.copytree(saving.folder / "step-000003.old-99", saving.folder / "step-000003.tmp-99")
+    os.rename(path, saving.folder / "checkpoint-3.old-99")
+    shutil.copytree(saving.folder / "checkpoint-3.old-99", saving.folder / "checkpoint-3.tmp-99")
     checkpoint.sweep(saving.folder)
-    assert names(saving.folder) == ["step-000003"] and checkpoint.damage(path) is None
-    (saving.folder / "step-000003.old-99").mkdir()
+    assert names(saving.folder) == ["checkpoint-3"] and checkpoint.damage(path) is None
+    (saving.folder / "checkpoint-3.old-99").mkdir()
     checkpoint.sweep(saving.folder)
-    assert names(saving.folder) == ["step-000003"]
+    assert names(saving.folder) == ["checkpoint-3"]
 
 
 def test_a_flipped_bit_anywhere_in_the_manifest_is_seen_or_says_the_same(saving):
@@ -280,7 +280,7 @@ def test_what_was_not_so_is_found_out(recipe):
     told = next(e for e in lines if e["type"] == "step" and e["step"] == 8)
     told["loss"] += 1e-9
     events.write_text("".join(json.dumps(e) + "\n" for e in lines), "utf-8")
-    path = run.checkpoints / "step-000008"
+    path = run.checkpoints / "checkpoint-8"
     tensors = load_file(path / "model.safetensors")
     name = "transformer.wte.weight"
     tensors[name] = tensors[name] + torch.eye(320, 32) / 1024

@@ -327,7 +327,7 @@ def test_interrupted_says_how_to_go_on_and_goes_on(maese, recipe, monkeypatch):
 
     def stop_at_3(self, event):
         real(self, event)
-        if event["type"] == "step" and event["step"] == 3 and not Path("uno/checkpoints/step-000003").exists():
+        if event["type"] == "step" and event["step"] == 3 and not Path("uno/checkpoints/checkpoint-3").exists():
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(live.Watcher, "show", stop_at_3)

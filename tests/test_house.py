@@ -22,14 +22,15 @@ SRC = ROOT / "src" / "maese"
 
 # The one place where the order is decided: a stage imports its own folder and the rows before it.
 RIVER = (
-    "errors, say -> recipe, run -> text -> tokens -> plan -> model -> generate -> evaluate -> train -> export "
-    "-> report, learn -> serve, studio -> live, terminal, terminal_data, terminal_tokens, spoken, cli_data, cli"
+    "errors, say -> recipe, run, pipeline -> text -> tokens -> plan -> model -> generate -> evaluate -> train "
+    "-> export -> report, learn -> serve, studio -> stages, live, terminal, terminal_data, terminal_tokens, "
+    "terminal_stages, terminal_study, spoken, cli_data, cli"
 )
 ROWS = [row.split(", ") for row in RIVER.split(" -> ")]
 TOP = [*ROWS[-1], "__init__", "__main__"]
 ROW = {stage: i for i, row in enumerate([*ROWS[:-1], TOP]) for stage in row}
 BELOW = ROW | dict.fromkeys(TOP, 99) | dict.fromkeys(["report", "learn"], ROW["plan"] + 1)  # what a stage may import
-SIDEWAYS = {("errors", "say"), ("run", "recipe"), ("learn", "report")}
+SIDEWAYS = {("errors", "say"), ("run", "recipe"), ("pipeline", "recipe"), ("learn", "report")}
 DATA_FOLDERS = {"embedded", "shipped"}
 
 IRON = {"torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "matplotlib", "numpy"}

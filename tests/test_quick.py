@@ -130,3 +130,45 @@ def test_a_family_that_bears_no_adapters_is_refused_in_our_words():
     with pytest.raises(MaeseError) as problem:
         add_lora(model, Method(kind="lora"))
     assert problem.value.code == "ADAPT-03" and "mamba" in str(problem.value)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_norm_in_one_operation_is_the_norm(kind, dtype):
+    """Loss and every gradient of the whole model, those of the norms' own weights among them."""
+    import torch
+
+    from maese.model.quick import quicken
+
+    one = make(kind, "sdpa").train()
+    other = copy.deepcopy(one)
+    assert quicken(other) >= 5
+    exact = copy.deepcopy(one)
+    kind_of = getattr(torch, dtype) if dtype else None
+    (loss, apart), (again, ours), (_, real) = learnt(one, kind_of), learnt(other, kind_of), learnt(exact)
+    assert again == pytest.approx(loss, rel=1e-5 if dtype is None else 1e-2)
+
+    def far(found: dict) -> float:
+        return float(sum((found[name] - gradient).square().sum() for name, gradient in real.items()) ** 0.5)
+
+    whole = float(sum(gradient.square().sum() for gradient in real.values()) ** 0.5)
+    assert far(ours) <= 1.2 * far(apart) + 1e-6 * whole  # in 16 bits, as near to fp32 as the norm of the library is
+    if dtype is None:
+        assert all(float((ours[n] - g).norm()) <= 1e-5 * max(float(g.norm()), 1e-3) for n, g in real.items())
+
+
+def test_a_norm_of_another_kind_is_left_alone():
+    """Gemma's adds one to its weight: it has the name and not the sum."""
+    import torch
+
+    from maese.model.quick import _is_rms
+
+    class ShiftedRMSNorm(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.variance_epsilon = torch.nn.Parameter(torch.ones(8)), 1e-6
+
+        def forward(self, x):
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon) * (1 + self.weight)
+
+    assert not _is_rms(ShiftedRMSNorm())

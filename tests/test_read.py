@@ -545,3 +545,25 @@ def test_a_book_is_divided_at_its_end(here):
     Path("libro.txt").write_text("".join(f"Línea {i}.\n" for i in range(100)), "utf-8")
     assert divide(Source(path="libro.txt"), 0.1, None, (Path("a.jsonl"), Path("b.jsonl"))) == (1, 1)
     assert "Línea 99." in Path("b.jsonl").read_text("utf-8") and "Línea 99." not in Path("a.jsonl").read_text("utf-8")
+
+
+def test_a_tree_of_messages_is_its_questions_and_their_best_answers(here):
+    """OpenAssistant's table: by parent, whatever the order; the best answer alone; of one language when asked."""
+
+    def message(id, parent, role, text, lang="es", rank=None):
+        return {"message_id": id, "parent_id": parent, "role": role, "text": text, "lang": lang, "rank": rank}
+
+    rows = [
+        message("b", "a", "assistant", "Una pila guarda lo último arriba.", rank=0),
+        message("a", None, "prompter", "¿Qué es una pila?"),
+        message("c", "a", "assistant", "No sé.", rank=1),
+        message("d", "b", "prompter", "¿Y una cola?"),
+        message("e", "d", "assistant", "Lo primero que entra es lo primero que sale."),
+        message("f", None, "prompter", "What is a stack?", "en"),
+        message("g", "f", "assistant", "A pile.", "en", 0),
+    ]
+    Path("oasst.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    every = [[m.content for m in item.messages] for item in open_source(Source(path="oasst.jsonl"))]
+    assert every[0] == ["¿Qué es una pila?", "Una pila guarda lo último arriba."] and len(every) == 3
+    spanish = [item.messages[0].content for item in open_source(Source(path="oasst.jsonl", where={"lang": "es"}))]
+    assert spanish == ["¿Qué es una pila?", "¿Y una cola?"]

@@ -125,7 +125,7 @@ def test_two_are_one_in_every_shape_and_go_on_as_each_other(recipe, plain, tiny,
     assert losses(Run("drops")) == losses(Run("drops-cut"))
     for name in ("full", "lora"):
         # Asked after the numbers of step 4 were shared, so all of them know it at step 5.
-        assert [p.name for p in saved(Run(f"shrinks-{name}").checkpoints)] == ["step-000003", "step-000005"]
+        assert [p.name for p in saved(Run(f"shrinks-{name}").checkpoints)] == ["checkpoint-3", "checkpoint-5"]
         resume(Run(f"shrinks-{name}"))
     for name in SHAPES:
         assert same(Run(f"one-{name}"), Run(f"two-{name}")), name
@@ -204,7 +204,7 @@ def test_sigterm_to_the_launcher_stops_all_at_one_step_and_the_command_goes_on(r
     state = two.read("state.json")
     assert state["status"] == "interrupted" and state["step"] < 400, talk
     assert talk.count("RUN-06") == 2 and talk.count("maese resume two") == 1  # its title and `maese explain`
-    assert [p.name for p in saved(two.checkpoints)] == [f"step-{state['step']:06d}"]
+    assert [p.name for p in saved(two.checkpoints)] == [f"checkpoint-{state['step']}"]
     process = launch(["-m", "maese", "resume", "two"])
     _, talk = process.communicate(timeout=120)
     assert process.returncode == 0, talk

@@ -263,7 +263,7 @@ def test_nan_never_reaches_the_weights(recipe, poison):
     assert run.read("state.json")["status"] == "error"
     from safetensors.torch import load_file
 
-    three, five = (load_file(run.checkpoints / f"step-{n:06d}" / "model.safetensors") for n in (4, 5))
+    three, five = (load_file(run.checkpoints / f"checkpoint-{n}" / "model.safetensors") for n in (4, 5))
     assert all(bool(t.isfinite().all()) and bool((t == five[name]).all()) for name, t in three.items())
 
 
@@ -314,14 +314,14 @@ def test_damaged_checkpoint_is_refused_aloud_and_the_one_before_used(recipe):
 
     with pytest.raises(Interrupted):
         train(recipe("output=cut", "train.keep=3"), watch=stop_at_5)
-    newest = Run("cut").checkpoints / "step-000005" / "model.safetensors"
+    newest = Run("cut").checkpoints / "checkpoint-5" / "model.safetensors"
     raw = bytearray(newest.read_bytes())
     raw[-9] ^= 1  # one bit: safetensors itself would load it without a word
     newest.write_bytes(raw)
     heard = []
     run = resume(Run("cut"), watch=heard.append)
     warning = next(e for e in heard if e["type"] == "warning")
-    assert warning["code"] == "RESUME-03" and warning["facts"]["checkpoint"] == "step-000005"
+    assert warning["code"] == "RESUME-03" and warning["facts"]["checkpoint"] == "checkpoint-5"
     assert weights(run) == weights(straight)
 
 
@@ -332,7 +332,7 @@ def test_disk_full_during_a_save_leaves_nothing_half_written(recipe, monkeypatch
 
     def full(handle):
         # The second checkpoint meets a full disk; the first one had room.
-        if list(Run("lleno").checkpoints.glob("step-000004.tmp-*")):
+        if list(Run("lleno").checkpoints.glob("checkpoint-4.tmp-*")):
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(handle)
 
@@ -340,7 +340,7 @@ def test_disk_full_during_a_save_leaves_nothing_half_written(recipe, monkeypatch
         patch.setattr(os, "fsync", full)
         train(recipe("output=lleno"))
     assert problem.value.code == "DISK-01"
-    assert [p.name for p in Run("lleno").checkpoints.iterdir() if p.name.startswith("step")] == ["step-000002"]
+    assert [p.name for p in Run("lleno").checkpoints.iterdir() if p.name.startswith("checkpoint")] == ["checkpoint-2"]
     assert weights(resume(Run("lleno"))) == weights(_straight(recipe))
 
 
@@ -362,7 +362,7 @@ def test_disk_full_in_the_final_save_keeps_no_final(recipe, monkeypatch):
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "MANIFEST.json"])
 def test_a_checkpoint_is_whole_or_not_there(recipe, file):
     run = train(recipe("train.save_every=4"))
-    folder = run.checkpoints / "step-000004"
+    folder = run.checkpoints / "checkpoint-4"
     assert checkpoint.damage(folder) is None
     (folder / file).write_bytes((folder / file).read_bytes()[:-20])
     assert checkpoint.damage(folder) == file
@@ -375,7 +375,7 @@ def test_what_ended_is_not_resumed_and_what_is_all_damaged_cannot(recipe):
     with pytest.raises(MaeseError, match="RUN-04"):
         resume(run)
     run.write("state.json", {"status": "training"})
-    for folder in run.checkpoints.glob("step-*"):
+    for folder in run.checkpoints.glob("checkpoint-*"):
         (folder / "rng.safetensors").unlink()
     with pytest.raises(MaeseError, match="RESUME-02"):
         resume(run)
@@ -481,8 +481,8 @@ def test_what_a_killed_save_left_is_swept_and_the_damaged_are_not_kept(recipe):
     with pytest.raises(Interrupted):
         train(recipe("output=cut", "train.keep=2"), watch=stop_at_5)
     folder = Run("cut").checkpoints
-    (folder / "step-000007.tmp-1").mkdir()
-    (folder / "step-000005" / "rng.safetensors").write_bytes(b"")
+    (folder / "checkpoint-7.tmp-1").mkdir()
+    (folder / "checkpoint-5" / "rng.safetensors").write_bytes(b"")
     resume(Run("cut"))
     assert not list(folder.glob("*.tmp-*"))
     assert all(checkpoint.damage(path) is None for path in checkpoint.saved(folder))
@@ -568,3 +568,18 @@ def test_a_run_that_could_not_be_saved_is_refused_before_its_first_step(recipe, 
         train(recipe("output=full"))
     assert problem.value.code == "DISK-03"
     assert not [e for e in Run("full").history() if e["type"] in ("step", "saved")]
+
+
+def test_a_text_of_another_kind_is_measured_before_and_after(recipe, here):
+    """What learning one thing does to another is told in bits per byte, and in the box at the end."""
+    from maese.report.facts import facts
+    from maese.report.summary import box
+
+    (here / "otro.txt").write_text("Para instalar el programa, abre la terminal y escribe la orden. " * 20, "utf-8")
+    run = train(recipe("eval.general=otro.txt", "train.max_steps=6", "train.lr=1e-2"))
+    told = [e for e in run.history() if e["type"] == "general"]
+    assert [e["final"] for e in told] == [False, True]
+    assert told[0]["bytes"] == told[1]["bytes"] > 1000 and told[0]["bits_per_byte"] != told[1]["bits_per_byte"]
+    figures = facts(run)
+    assert figures["final_bytes"] == sum(p.stat().st_size for p in run.final.glob("*.safetensors"))
+    assert "bits por byte" in box(figures) and run.recipe().eval.general == str(here / "otro.txt")

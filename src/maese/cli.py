@@ -20,6 +20,9 @@ from maese.errors import MaeseError, UsageError
 from maese.say import catalogue, language, say
 from maese.spoken import Group, usage_error
 
+# What a model made from nothing goes through (`stages`), written here so that the help need not read the recipes.
+STAGES = ("data", "tokenizer", "pretrain", "instruct", "evaluate", "report")
+
 
 @click.group(
     cls=Group,
@@ -105,11 +108,12 @@ def new(ctx: click.Context, name: str, source: str) -> None:
 @cli.command(help=say("cli.explain.help"))
 @click.argument("code", required=False, metavar=say("cli.metavar.code"))
 def explain(code: str | None) -> None:
+    from maese import pipeline
     from maese import recipe as recipes
 
     words = catalogue(language())
     codes = sorted(key.split(".")[1] for key in words if key.startswith("error.") and key.endswith(".why"))
-    keys = recipes.fields()
+    keys = recipes.fields() | pipeline.fields()
     shown = [key for key in keys if code == "train" or key == code or key.startswith(f"{code}.")] if code else []
     if shown:
         width = max(map(len, shown))
@@ -134,10 +138,24 @@ cli.add_command(inspect)
 @click.argument("recipe", metavar=say("cli.metavar.recipe"))
 @click.argument("changes", nargs=-1, metavar=say("cli.metavar.changes"))
 @click.option("--dry-run", is_flag=True, help=say("cli.train.dry_run"))
+@click.option("--from", "first", type=click.Choice(STAGES), help=say("cli.train.first"))
+@click.option("--until", "last", type=click.Choice(STAGES), help=say("cli.train.last"))
 @click.pass_context
-def train(ctx: click.Context, recipe: str, changes: tuple[str, ...], dry_run: bool) -> None:
+def train(
+    ctx: click.Context, recipe: str, changes: tuple[str, ...], dry_run: bool, first: str | None, last: str | None
+) -> None:
+    from maese import pipeline
     from maese import recipe as recipes
 
+    if pipeline.is_pipeline(recipes.find(recipe)):
+        whole = pipeline.load(recipe, changes)
+        if dry_run:
+            click.echo(pipeline.dump(whole).rstrip())
+        else:
+            _make(ctx, whole, first, last)
+        return
+    if first or last:
+        raise UsageError("USE-12", name=recipe)
     chosen = recipes.load(recipe, changes)
     if dry_run:
         click.echo(recipes.dump(chosen).rstrip())
@@ -145,15 +163,33 @@ def train(ctx: click.Context, recipe: str, changes: tuple[str, ...], dry_run: bo
         _train(ctx, chosen)
 
 
+def _make(ctx: click.Context, pipeline: Any, first: str | None, last: str | None, run: Any = None) -> None:
+    """The stages of a model made from nothing: all, or those asked for, in the newest folder of that name."""
+    from maese import run as runs
+    from maese import stages, terminal, terminal_stages
+
+    terminal_stages.show_sizes(pipeline, **ctx.obj)
+    if first and run is None:
+        run = runs.find(pipeline.output or pipeline.name)
+        stages.forget(run, first)
+    tell = terminal_stages.teller(**ctx.obj)
+    span = {"first": first or STAGES[0], "last": last or STAGES[-1]}
+    made = stages.make(pipeline, lambda: terminal.watcher(**ctx.obj), tell, run, **span)
+    terminal_stages.close(made, pipeline, **ctx.obj)
+
+
 @cli.command(help=say("cli.resume.help"))
 @click.argument("run", metavar=say("cli.metavar.run"))
 @click.option("--verify", is_flag=True, help=say("cli.resume.verify"))
 @click.pass_context
 def resume(ctx: click.Context, run: str, verify: bool) -> None:
+    from maese import pipeline, terminal
     from maese import run as runs
-    from maese import terminal
 
     found = runs.find(run)
+    if pipeline.is_pipeline(found.path / "recipe.yaml"):
+        _make(ctx, pipeline.load(found.path / "recipe.yaml"), None, None, found)
+        return
     if verify:
         from maese.train.verify import verify as repeat
 
@@ -256,6 +292,23 @@ def compare(ctx: click.Context, run: str, prompts: tuple[str, ...], class_sheet:
         terminal.talk(say("compare.sheet", path=str(path)), **ctx.obj)
     else:
         terminal.comparison(result, **ctx.obj)
+
+
+@cli.command("compare-architectures", help=say("cli.compare_architectures.help"))
+@click.argument("paths", nargs=-1, metavar=say("cli.metavar.files"))
+@click.option("--labels", metavar=say("cli.metavar.file"), help=say("cli.compare_architectures.labels"))
+@click.option(
+    "--column", default="tarea", metavar=say("cli.metavar.column"), help=say("cli.compare_architectures.column")
+)
+@click.option("--steps", type=click.IntRange(1), default=300, metavar="N", help=say("cli.compare_architectures.steps"))
+@click.option("--output", type=click.Path(path_type=Path), metavar=say("cli.metavar.path"), help=say("cli.output"))
+@click.pass_context
+def compare_architectures(
+    ctx: click.Context, paths: tuple[str, ...], labels: str | None, column: str, steps: int, output: Path | None
+) -> None:
+    from maese import terminal_study
+
+    click.echo(terminal_study.architectures(list(paths), labels, column, steps, output, **ctx.obj))
 
 
 @cli.command(help=say("cli.report.help"))

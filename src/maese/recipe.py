@@ -29,7 +29,7 @@ FALSE_FRIENDS = {
     "gradient_accumulation_steps": "train.accumulation", "num_train_epochs": "train.epochs", "r": "method.rank",
     "lora_r": "method.rank", "lora_alpha": "method.alpha", "lora_dropout": "method.dropout", "model": "base",
 }  # fmt: skip
-TEXTS = ("name", "base", "path", "output", "hub", "part", "group", "template", "map")
+TEXTS = ("name", "base", "path", "output", "hub", "part", "group", "template", "map", "where")
 Share = Annotated[float, Field(strict=True, ge=0, le=0.9)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 
@@ -48,6 +48,7 @@ class Source(Strict):
     limit: Count | None = None  # lines of a raw text, rows or blocks of anything else
     weight: Annotated[float, Field(strict=True, gt=0, le=100)] = 1.0  # times each row is learnt in one epoch
     documents: Literal["file", "line"] = "file"  # what one document of a raw text is
+    where: dict[str, str] = {}  # only rows with these values: {lang: es}
     map: dict[Literal["prompt", "completion", "instruction", "input", "output", "system", "messages", "text"], str] = {}
 
     @model_validator(mode="after")
@@ -107,13 +108,14 @@ class Train(Strict):
     patience: Annotated[int, Field(strict=True, ge=0)] = (
         0  # validations without improvement before stopping; 0 never stops
     )
-    final: Literal["best", "last"] = "best"  # which weights go to final/
+    final: Literal["best", "last", "average"] = "best"  # which weights go to final/
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 42
 
 
 class Eval(Strict):
     every: Count = 50  # steps between validations
     prompts: list[str] = []
+    general: str | None = None  # a text of another kind, measured before and after: what is forgotten
 
 
 class Generate(Strict):
@@ -163,16 +165,26 @@ def find(what: str) -> Path:
 
 def load(what: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read a recipe by path or name and apply dotted overrides such as `train.lr=2e-4`."""
-    path = find(str(what))
+    tree = tree_of(find(str(what)))
+    for override in overrides:
+        put(tree, *change(override))
+    return check(tree)
+
+
+def tree_of(path: Path) -> dict[str, Any]:
+    """A recipe file as plain data, numbers still as they were written. Errors: USE-04 (not YAML), DATA-02."""
     tree = _parse(text(path), str(path))
     if not isinstance(tree, dict):
         raise MaeseError("USE-04", path=str(path), line=1, column=1)
-    for override in overrides:
-        key, mark, value = override.partition("=")
-        if not mark or not key:
-            raise MaeseError("USE-06", found=override)
-        _put(tree, key, _parse(value, override))
-    return check(tree)
+    return tree
+
+
+def change(override: str) -> tuple[str, Any]:
+    """`change("train.lr=2e-4")` is `("train.lr", "2e-4")`. Error: USE-06 (no `=`)."""
+    key, mark, value = override.partition("=")
+    if not mark or not key:
+        raise MaeseError("USE-06", found=override)
+    return key, _parse(value, override)
 
 
 def text(path: Path) -> str:
@@ -190,7 +202,7 @@ def text(path: Path) -> str:
 def check(tree: dict[str, Any]) -> Recipe:
     """A validated recipe from plain data; the first mistake found is raised as MaeseError."""
     try:
-        return Recipe.model_validate(_numbers(tree))
+        return Recipe.model_validate(numbers(tree))
     except ValidationError as problem:
         raise mistake(problem) from None
 
@@ -247,17 +259,19 @@ def scalar(value: Any) -> Any:
     return value
 
 
-def _numbers(tree: Any, key: str = "") -> Any:
+def numbers(tree: Any, key: str = "") -> Any:
+    """Plain data with its numbers read, names left as text: `numbers({"name": "1", "lr": "2"})` has lr 2."""
     if key in TEXTS:  # names stay text, even those that look like a number
         return tree
     if isinstance(tree, dict):
-        return {k: _numbers(v, str(k)) for k, v in tree.items()}
+        return {k: numbers(v, str(k)) for k, v in tree.items()}
     if isinstance(tree, list):
-        return [_numbers(v) if isinstance(v, dict) else v for v in tree]
+        return [numbers(v) if isinstance(v, dict) else v for v in tree]
     return scalar(tree)
 
 
-def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
+def put(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set a dotted key, making the tables above it."""
     *parents, last = dotted.split(".")
     for parent in parents:
         below = tree.get(parent)
@@ -267,7 +281,7 @@ def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
     tree[last] = value
 
 
-def mistake(problem: ValidationError) -> MaeseError:
+def mistake(problem: ValidationError, panel: type[BaseModel] = Recipe) -> MaeseError:
     """The first mistake pydantic found, in our words: the key, what was there, what was expected."""
     first = problem.errors()[0]
     for error in problem.errors():  # a misspelt key explains the missing one better than the reverse
@@ -281,7 +295,7 @@ def mistake(problem: ValidationError) -> MaeseError:
         while isinstance(value, dict) and len(value) == 1:  # `tren.lr=1` is told as it was typed
             key, value = f"{key}.{next(iter(value))}", next(iter(value.values()))
         leaf_key = key.rsplit(".", 1)[-1].lower()
-        known = [*fields(), "data.sources", *Recipe.model_fields]
+        known = [*fields(panel), "data.sources", *panel.model_fields]
         friend = FALSE_FRIENDS.get(leaf_key)
         near = [friend] if friend else difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.4)
         if not near:

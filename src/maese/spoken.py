@@ -28,7 +28,7 @@ GROUPS = {
     "train": ("train", "resume", "runs"),
     "use": ("generate", "chat"),
     "look": ("inspect",),
-    "measure": ("compare", "report"),
+    "measure": ("compare", "compare-architectures", "report"),
 }
 
 

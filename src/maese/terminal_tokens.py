@@ -60,11 +60,16 @@ def show_tables(tables: list[Any], result: dict[str, Any], json: bool = False, q
     if json:
         sys.stdout.write(jsons.dumps(result, ensure_ascii=False, indent=1) + "\n")
         return
+    draw(tables)
+
+
+def draw(tables: list[Any], talk: bool = False) -> None:
+    """Tables on stdout, or on stderr where they are talk and not the result."""
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(stderr=talk, highlight=False)
     for each in tables:
         table = Table(title=each.title, title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False)
         for i, header in enumerate(each.headers):

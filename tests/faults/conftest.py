@@ -108,7 +108,7 @@ def weights(run: Run) -> bytes:
 
 
 def steps_of(folder: Path) -> list[int]:
-    return sorted(int(path.name[5:]) for path in folder.glob("checkpoints/step-*") if path.name[5:].isdigit())
+    return sorted(int(n) for path in folder.glob("checkpoints/checkpoint-*") if (n := path.name[11:]).isdigit())
 
 
 @pytest.fixture

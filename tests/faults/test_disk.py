@@ -47,19 +47,19 @@ DAMAGES = {
 def test_a_broken_file_is_named_and_the_checkpoint_before_is_used(life, straight, stopped, file):
     for name, change in DAMAGES.items():
         shutil.copytree(stopped, name)
-        path = Path(name) / "checkpoints" / "step-000007" / file
+        path = Path(name) / "checkpoints" / "checkpoint-7" / file
         path.write_bytes(change(path.read_bytes()))
         child = life.resume(name)
         assert child.wait() == 0, f"{name}: {child.said}"
         told = [e["facts"] for e in Run(name).events() if e["type"] == "warning" and e["code"] == "RESUME-03"]
         # In the last byte of the manifest there is a brace; in the others a digit may be as good as another.
-        assert [facts["checkpoint"] for facts in told] == ["step-000007"], name
+        assert [facts["checkpoint"] for facts in told] == ["checkpoint-7"], name
         assert told[0]["file"] == file
         same(name, straight)
 
 
 def test_with_every_checkpoint_broken_nothing_is_pretended(life, stopped):
-    for path in stopped.glob("checkpoints/step-*/rng.safetensors"):
+    for path in stopped.glob("checkpoints/checkpoint-*/rng.safetensors"):
         path.write_bytes(DAMAGES["cut"](path.read_bytes()))
     child = life.resume("stopped")
     assert child.wait() == 1 and "RESUME-02" in child.said
@@ -94,12 +94,12 @@ class Nobody:
 
 @pytest.mark.parametrize("file", FILES)
 def test_a_file_that_may_not_be_read_is_a_broken_one(reachable, file):
-    path = reachable / "checkpoints" / "step-000007"
+    path = reachable / "checkpoints" / "checkpoint-7"
     (path / file).chmod(0)
     with Nobody():
         assert checkpoint.damage(path) == file
         found, manifest, refused = checkpoint.newest(path.parent)
-    assert (found.name, manifest["step"], refused) == ("step-000006", 6, [("step-000007", file)])
+    assert (found.name, manifest["step"], refused) == ("checkpoint-6", 6, [("checkpoint-7", file)])
 
 
 def test_a_folder_that_may_not_be_written_is_said_and_left_alone(reachable):

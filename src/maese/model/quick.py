@@ -2,10 +2,11 @@
 
     quicken(model)      how many of its modules take a shorter way now
 
-Two things that libraries do in many small steps, each of them a trip of a whole activation to memory and back. GPT-2
-and Phi write their GELU as eight operations where torch has one. PEFT turns an activation into fp32 to multiply it in
-bf16, scales and adds what comes out in copies, and keeps them all for the way back; here an adapter is one operation
-that keeps its input, which the frozen matrix shares, and the few numbers in the middle.
+Three things that libraries do in many small steps, each of them a trip of a whole activation to memory and back. GPT-2
+and Phi write their GELU as eight operations where torch has one; Llama, Qwen and their kin write RMSNorm as five. PEFT
+turns an activation into fp32 to multiply it in bf16, scales and adds what comes out in copies, and keeps them all for
+the way back; here an adapter is one operation that keeps its input, which the frozen matrix shares, and the few
+numbers in the middle.
 
 N tokens, I and O the width of what comes in and goes out, R the rank.
 """
@@ -31,10 +32,53 @@ def quicken(model: Any) -> int:
             if type(child) is NewGELUActivation:  # the tanh form of Hendrycks and Gimpel 2016, arXiv 1606.08415
                 setattr(module, name, torch.nn.GELU(approximate="tanh"))
                 changed += 1
+            if _is_rms(child):
+                child.forward = partial(_normed, child)
+                changed += 1
         if type(module) is LoraLinear and type(module.get_base_layer()) in (torch.nn.Linear, Conv1D):
             module.forward = partial(_forward, module, module.forward)  # type: ignore[method-assign]  # on purpose
             changed += 1
     return changed
+
+
+def _is_rms(module: Any) -> bool:
+    """Whether a module is the RMSNorm of Llama's kin; others have that name too, and Gemma's adds one to its weight."""
+    if not type(module).__name__.endswith("RMSNorm") or not hasattr(module, "variance_epsilon"):
+        return False
+    weight = module.weight
+    if weight.is_meta or weight.ndim != 1:
+        return False
+    with torch.no_grad():
+        x = torch.linspace(-2, 3, 2 * len(weight), device=weight.device).view(2, -1)
+        ours = _Norm.apply(x, weight, module.variance_epsilon, torch.promote_types(weight.dtype, x.dtype))
+        return bool(torch.allclose(module(x).float(), ours.float(), rtol=1e-3, atol=1e-3))
+
+
+def _normed(module: Any, x: Tensor) -> Tensor:
+    """RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467), in the dtype that the module would give."""
+    return _Norm.apply(x, module.weight, module.variance_epsilon, torch.promote_types(module.weight.dtype, x.dtype))
+
+
+class _Norm(torch.autograd.Function):
+    """`weight x / sqrt(mean(x²) + eps)`, in fp32; keeps x, which its block keeps anyway, and one number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        wide = x.float()
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight).to(dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, weight, scale = ctx.saved_tensors
+        normal = x.float() * scale
+        grad = grad.float()
+        to_weight = (grad * normal).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        pull = grad * weight
+        inward = (pull * normal).mean(-1, keepdim=True)
+        return pull.sub_(normal.mul_(inward)).mul_(scale).to(x.dtype), to_weight, None, None
 
 
 def _forward(layer: Any, usual: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

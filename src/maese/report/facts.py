@@ -46,6 +46,8 @@ def facts(run: Run) -> dict[str, Any]:
         "peak_gib": finite(end.get("peak_gib")) or max(_values(steps, "mem_gib"), default=None),
         "parameters": plan.get("parameters"),
         "trainable": plan.get("trainable"),
+        "final_bytes": next((e.get("bytes") for e in reversed(history) if e.get("what") == "final"), None),
+        "general": [e["bits_per_byte"] for e in history if e["type"] == "general"],
         "share": _ratio(plan.get("trainable"), plan.get("parameters")),
     }
     return figures | _training(steps) | _validation(checks, _keeps(run))

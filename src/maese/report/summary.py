@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from maese.say import duration, number, percent, say
+from maese.say import duration, number, percent, quantity, say
 
 WIDTH = 64  # fits in half a screen and in a printed page
 
@@ -52,11 +52,14 @@ def _held_out(f: dict[str, Any]) -> list[tuple[str, str]]:
         (say("report.box.validation"), arrow(f["validation_initial"], f["validation_kept"], 4)),
         (say("report.box.perplexity"), arrow(f["perplexity_initial"], f["perplexity_kept"], 2)),
         (say("report.box.best_step"), shown(f["validation_best_step"], number)),
+        *([(say("report.box.general"), arrow(f["general"][0], f["general"][-1], 3))] if f["general"] else []),
     ]
 
 
 def _cost(f: dict[str, Any]) -> list[tuple[str, str]]:
     return [
+        (say("report.box.trained"), shown(f["share"], lambda v: f"{quantity(f['trainable'])} ({percent(v)})")),
+        (say("report.box.file"), shown(f["final_bytes"], lambda v: f"{number(v / 1e6, 1)} MB")),
         (say("report.box.steps"), shown(f["steps"], number)),
         (say("report.box.time"), shown(f["seconds"], duration)),
         (say("report.box.speed"), shown(f["tokens_s"], lambda v: say("report.unit.tokens_s", value=number(v, 0)))),

@@ -23,6 +23,7 @@ from maese.text.read import Item, open_source
 from maese.text.record import Document
 from maese.text.rows import rows
 from maese.text.shape import item_of, mapped, shape_of, unknown
+from maese.text.trees import pairs
 
 
 def row_of(item: Item) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def _each(source: Source) -> Iterator[Item]:
             raise problem
 
     for piece in places:
-        for line, row in rows(piece, stop):
+        for line, row in pairs(rows(piece, stop)):
             named = mapped(row, source.map)
             shape = shape_of(named)
             if shape is None:

@@ -83,14 +83,16 @@ def summary(found: Audit) -> dict[str, Any]:
 
 @dataclass
 class _Dealt:
-    """The good items of several sources, one after another, any number of times; `side` and `weight` are those of the
-    item just given, and `out` holds the bad ones met on the way, with their reasons, until somebody takes them."""
+    """The good items of several sources, one after another, any number of times; `side`, `weight` and `source` are
+    those of the item just given, and `out` holds the bad ones met on the way, with their reasons, until somebody takes
+    them."""
 
     readings: list[Reading]
     examined: list[Examined]
     data: Data
     side: str = "train"
     weight: float = 1.0
+    source: int = 0
     out: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
     @property
@@ -101,8 +103,8 @@ class _Dealt:
 
     def __iter__(self) -> Iterator[Item]:
         self.out.clear()
-        for reading, seen in zip(self.readings, self.examined, strict=True):
-            reading.fault = self._meet
+        for number, (reading, seen) in enumerate(zip(self.readings, self.examined, strict=True)):
+            self.source, reading.fault = number, self._meet
             for side, item in self._sided(reading, seen):
                 self.side = side
                 if faults := faults_of(item):
@@ -132,6 +134,7 @@ class Parcel:
     side: str = ""
     item: Item | None = None
     weight: float = 1.0  # times it is learnt in an epoch
+    source: int = 0  # which of the sources it came from
     reason: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -142,13 +145,13 @@ def flow(readings: list[Reading], examined: list[Examined], data: Data) -> Itera
     for item, why in survivors(dealt, list(data.clean), data.dedup == "near", data.dedup != "none"):
         yield from _left_out(dealt)
         if why:
-            yield Parcel(reason=why, facts=row_of(item) | {"id": item.id})
+            yield Parcel(reason=why, facts=row_of(item) | {"id": item.id}, source=dealt.source)
         else:
-            yield Parcel(dealt.side, item, dealt.weight)
+            yield Parcel(dealt.side, item, dealt.weight, dealt.source)
     yield from _left_out(dealt)
 
 
 def _left_out(dealt: _Dealt) -> Iterator[Parcel]:
     while dealt.out:
         reason, facts = dealt.out.pop(0)
-        yield Parcel(reason=reason, facts=facts)
+        yield Parcel(reason=reason, facts=facts, source=dealt.source)

@@ -34,6 +34,7 @@ from maese.text.repair import (
 )
 from maese.text.rows import BOM, Fault, lines, rows
 from maese.text.shape import item_of, mapped, shape_of, unknown
+from maese.text.trees import pairs
 
 MARK = "###"
 QUESTION, ANSWER = re.compile(r"^\s*pregunta\s*:\s*", re.I), re.compile(r"^\s*respuesta\s*:\s*", re.I)
@@ -133,7 +134,10 @@ class Reading:
         self.fault(problem)
 
     def _from_rows(self, found: Iterable[tuple[int, dict[str, Any]]], name: str) -> Iterator[Item]:
-        for line, row in found:
+        wanted = self.source.where.items()
+        for line, row in pairs(found):
+            if any(str(row.get(column)) != value for column, value in wanted):
+                continue
             try:
                 item = item_of(mapped(row, self.source.map), self.format, name, line)
             except MaeseError as problem:
@@ -291,7 +295,7 @@ def _shape_of_piece(source: Source, piece: streams.Piece) -> str | None:
 def _looked(source: Source, found: Iterable[tuple[int, dict[str, Any]]], name: str) -> str | None:
     """The shape of the first row that has one. A file whose first hundred rows have none is in no shape we know."""
     first: tuple[int, dict[str, Any]] | None = None
-    for line, row in itertools.islice(found, 100):
+    for line, row in itertools.islice(pairs(found), 100):
         first = first or (line, row)
         shape = shape_of(mapped(row, source.map))
         if shape:

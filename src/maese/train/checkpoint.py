@@ -1,7 +1,7 @@
 """Checkpoints: whole or not there at all, checked by hash, and enough to go on bit for bit.
 
     checkpoints/best-000150/   model.safetensors  MANIFEST.json
-    checkpoints/step-000200/   model.safetensors  optimizer.safetensors  rng.safetensors  MANIFEST.json
+    checkpoints/checkpoint-200/   model.safetensors  optimizer.safetensors  rng.safetensors  MANIFEST.json
 
 Written to a folder beside it, every file forced to the disk, the manifest last, then renamed in one move. A crash at
 any instant leaves the previous checkpoint whole. Nothing here is pickled.
@@ -26,6 +26,7 @@ from maese.train.sharding import as_pieces, gathered
 from maese.train.together import Together
 
 MANIFEST = "MANIFEST.json"
+PREFIX = "checkpoint-"
 ALONE = Together()
 MARGIN = 64 << 20  # bytes left free beside what is written: events, the report, other programs
 
@@ -35,6 +36,7 @@ FREE = re.compile(
     r"name|output|base|data\.sources\.\d+\.path|(eval|generate)\..+"
     r"|train\.(save_every|keep|device|compile|memory_gib|patience|final|gradient_checkpointing|micro_batch|accumulation)"
 )
+LENGTH = ("train.max_steps", "train.epochs", "train.warmup")
 
 
 def save(
@@ -48,12 +50,14 @@ def save(
     recipe: dict[str, Any] | None = None,
     scaler: Any = None,
     spare: Collection[int] = (),
+    beside: dict[str, bytes] | None = None,
     together: Together = ALONE,
 ) -> Path:
     """Write the checkpoint of a step and let go of those beyond `keep`, but for the steps in `spare`.
 
-    `recipe` is what `refusals` will ask for; `scaler` that of fp16. Errors: DISK-01, DISK-02, DISK-03 (it would not
-    fit), DISK-04 (the run folder is gone), each with nothing half written.
+    `recipe` is what `refusals` will ask for; `scaler` that of fp16; `beside` are files by name that go with it.
+    Errors: DISK-01, DISK-02, DISK-03 (it would not fit), DISK-04 (the run folder is gone), each with nothing half
+    written.
     """
     if not folder.parent.is_dir():  # to make it again would hide that the run has lost everything else
         raise MaeseError("DISK-04", path=str(folder.parent))
@@ -63,17 +67,20 @@ def save(
         "rng": rng_state(),
     }
     facts = {"step": step, "state": state, "recipe": recipe, "scaler": scaler.state_dict() if scaler else None}
-    final = together.first(lambda: _put(folder, f"step-{step:06d}", tensors, facts))
+    final = together.first(lambda: _put(folder, f"{PREFIX}{step}", tensors, facts, beside))
     if together.rank:
         return Path(final)
     # What is damaged is not counted, or it would push out one that is whole.
     for old in [path for path in saved(folder) if intact(path)][:-keep]:
-        if int(old.name[5:]) not in spare:
+        if step_of(old) not in spare:
             shutil.rmtree(old, ignore_errors=True)
     return final
 
 
-def _put(folder: Path, name: str, tensors: dict[str, dict[str, Any]], facts: dict[str, Any]) -> Path:
+def _put(
+    folder: Path, name: str, tensors: dict[str, dict[str, Any]], facts: dict[str, Any],
+    beside: dict[str, bytes] | None = None,
+) -> Path:  # fmt: skip
     """Write a folder of tensors with its manifest, whole or not at all."""
     final, tag = folder / name, os.getpid()
     draft, aside = folder / f"{name}.tmp-{tag}", folder / f"{name}.old-{tag}"
@@ -84,6 +91,9 @@ def _put(folder: Path, name: str, tensors: dict[str, dict[str, Any]], facts: dic
         try:
             for file, content in tensors.items():
                 _write(draft / f"{file}.safetensors", content)
+            for file, raw in (beside or {}).items():
+                (draft / file).write_bytes(raw)
+                sync(draft / file)
             files = {p.name: {"sha256": _sha256(p), "bytes": p.stat().st_size} for p in sorted(draft.iterdir())}
             manifest = facts | {"files": files}
             manifest["seal"] = _seal(manifest)
@@ -126,9 +136,15 @@ def _bytes(tensors: Iterable[Any]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def step_of(path: Path) -> int | None:
+    """The step a checkpoint is of, `step_of(Path("checkpoint-200"))` is 200; None for any other folder."""
+    number = path.name.removeprefix(PREFIX)
+    return int(number) if path.name.startswith(PREFIX) and number.isdigit() else None
+
+
 def saved(folder: Path) -> list[Path]:
     """The checkpoints of a run by step; those half written are not among them."""
-    return sorted((p for p in folder.glob("step-*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
+    return sorted((p for p in folder.glob(f"{PREFIX}*") if step_of(p) is not None), key=lambda p: step_of(p) or 0)
 
 
 def sweep(folder: Path) -> None:
@@ -194,15 +210,16 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def refusals(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+def refusals(before: dict[str, Any], now: dict[str, Any], level: bool = False) -> list[tuple[str, Any, Any]]:
     """What a run cannot be resumed across in two recipes (`model_dump`): `[("train.lr", 3e-4, 0.5)]`, then and now.
 
     What only decides when to look, save or speak may change, and so may the micro-batch while a step has as many rows.
-    A key that one of them does not have yet, being older, has its default.
+    A key that one of them does not have yet, being older, has its default. A rate that is still constant (wsd) did not
+    depend on how many steps were to come: before it falls, a run may be made longer or shorter.
     """
     old, new = _every_key(before), _every_key(now)
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    refused = [key for key in changed if not FREE.fullmatch(key)]
+    refused = [key for key in changed if not FREE.fullmatch(key) and not (level and key in LENGTH)]
     one, other = "train.micro_batch", "train.accumulation"
     if old[one] * old[other] != new[one] * new[other]:
         refused += [key for key in (one, other) if key in changed]
@@ -279,6 +296,26 @@ def load_weights(folder: Path, model: Any) -> None:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(as_pieces(saved[name].to(parameter.device), parameter))
+
+
+def average(folder: Path, model: Any) -> list[Path]:
+    """Turn what learns into its mean with the weights of every whole checkpoint of a folder; returns those.
+
+    In the last steps weights go round a valley whose middle is lower (Kaddour 2022, arXiv 2209.14981). Most of it is
+    had already where the rate has come down to zero.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    paths = [path for path in saved(folder) if intact(path)]
+    every = [load_file(path / "model.safetensors") for path in paths]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                for kept in every:
+                    parameter.add_(as_pieces(kept[name].to(parameter.device), parameter))
+                parameter.div_(len(every) + 1)
+    return paths
 
 
 def trainable(model: Any, here: bool = True) -> dict[str, Any]:

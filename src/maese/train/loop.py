@@ -18,12 +18,12 @@ from maese import run as runs
 from maese.errors import Interrupted, MaeseError
 from maese.model import load
 from maese.plan.machine import memory_used_gib
-from maese.recipe import Recipe
+from maese.recipe import Recipe, Train
 from maese.tokens.batches import steps_per_epoch
 from maese.train import checkpoint
 from maese.train.guard import Spikes
 from maese.train.milestones import end, finish, look, plan, save
-from maese.train.optim import rate
+from maese.train.optim import level, rate
 from maese.train.session import Session, State, Watch, closing, open_session
 from maese.train.step import order, take_step, try_the_longest
 from maese.train.together import agreed
@@ -83,7 +83,9 @@ def _go_back(session: Session) -> None:
     path = folder / Path(path).name
     if manifest["state"]["base_sha256"] != load.weights_hash(session.base):
         raise agreed(MaeseError("RESUME-01", path=session.recipe.base, run=str(session.run.path)))
-    if changed := checkpoint.refusals(manifest["recipe"], session.recipe.model_dump(mode="json")):
+    now, before = session.recipe, Train.model_validate(manifest["recipe"]["train"])
+    open_end = all(level(manifest["step"], session.planned(train), train) for train in (before, now.train))
+    if changed := checkpoint.refusals(manifest["recipe"], now.model_dump(mode="json"), open_end):
         then, found = (", ".join(f"{key}: {said[i]}" for key, *said in changed) for i in (0, 1))
         raise agreed(MaeseError("RESUME-05", found=found, then=then, run=str(session.run.path)))
     _start(session, manifest["step"], manifest["step"])

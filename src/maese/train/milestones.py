@@ -6,12 +6,16 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from maese.evaluate.ability import bits_per_byte, whole_text
 from maese.evaluate.likelihood import loss_and_targets
 from maese.generate.engine import Writer
 from maese.model import load
 from maese.model.fingerprint import parameters
 from maese.model.save import save_final
 from maese.plan.machine import memory_peak_gib
+from maese.recipe import Source
+from maese.text.read import open_source, texts_of
+from maese.tokens.settle import pieces
 from maese.tokens.template import open_template
 from maese.train import checkpoint
 from maese.train.session import Session
@@ -19,6 +23,7 @@ from maese.train.sharding import cut_again, whole_state
 
 # Samples on the way are a glance; the full length is for the end.
 GLANCE_TOKENS = 48
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
 def plan(session: Session) -> None:
@@ -49,12 +54,7 @@ def look(session: Session, final: bool) -> None:
     state, recipe = session.state, session.recipe
     model, _ = session.inner
     if len(session.data.validation) and not final:
-        with session.accelerator.autocast():
-            pad = load.pad_id(session.tokenizer)
-            sizes = (max(4, recipe.train.micro_batch), session.together.rank, session.together.world)
-            total, counted = session.together.sums(*loss_and_targets(model, session.data.validation, pad, *sizes))
-        cut_again(model)
-        loss, targets = total / max(1, counted), int(counted)
+        loss, targets = _validated(session)
         # The untouched base is the measure, not a candidate: final/ holds weights that were trained.
         best = state.step > 0 and (state.best_loss is None or loss < state.best_loss)
         state.worse = 0 if best or not state.step else state.worse + 1
@@ -65,12 +65,45 @@ def look(session: Session, final: bool) -> None:
                 session.tell("saved", step=state.step, what="best", path=str(path))
         perplexity = math.exp(min(loss, 700))
         session.tell("validation", step=state.step, loss=loss, perplexity=perplexity, tokens=targets, best=best)
+    if recipe.eval.general and (final or state.step == 0):
+        speak = session.together.each if session.together.sharded else session.together.first
+        speak(lambda: elsewhere(session, model, recipe.eval.general or "", final))
     whole = final or state.step == 0
     if whole or state.step < session.steps:
         # With its weights in pieces a model speaks only when all processes have it speak, the same.
         speak = session.together.each if session.together.sharded else session.together.first
         speak(lambda: samples(session, model, whole, final))
         cut_again(model)
+
+
+def validate(session: Session) -> None:
+    """The loss on validation of the weights as they are, told beside those of the way."""
+    if len(session.data.validation):
+        loss, targets = _validated(session)
+        facts = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": targets}
+        session.tell("validation", step=session.state.step, **facts, best=False, averaged=True)
+
+
+def _validated(session: Session) -> tuple[float, int]:
+    """Mean loss over all that is kept apart (nats), and over how many tokens."""
+    model, _ = session.inner
+    with session.accelerator.autocast():
+        pad = load.pad_id(session.tokenizer)
+        sizes = (max(4, session.recipe.train.micro_batch), session.together.rank, session.together.world)
+        total, counted = session.together.sums(*loss_and_targets(model, session.data.validation, pad, *sizes))
+    cut_again(model)
+    return total / max(1, counted), int(counted)
+
+
+def elsewhere(session: Session, model: Any, path: str, final: bool) -> None:
+    """Bits per byte of a text of another kind: the same before and after, unless learning this made it forget that."""
+    tokenizer, room = session.tokenizer, min(session.recipe.data.max_length, load.context_of(model))
+    texts = (text for item in open_source(Source(path=path)) for text in texts_of(item))
+    rows = [row for text in texts for row in pieces(whole_text(tokenizer, text), room, 0)]
+    with session.accelerator.autocast():
+        found = bits_per_byte(model, tokenizer, rows)
+    facts = {"bits_per_byte": found.per_byte, "bytes": found.bytes, "path": path, "final": final}
+    session.tell("general", step=session.state.step, **facts)
 
 
 def samples(session: Session, model: Any, whole: bool, final: bool) -> None:
@@ -99,10 +132,19 @@ def save(session: Session) -> None:
     path = checkpoint.save(
         session.run.checkpoints, session.state.step, model, optimizer, state, session.recipe.train.keep,
         recipe=session.recipe.model_dump(mode="json"), scaler=session.accelerator.scaler, together=session.together,
+        beside=_beside(session, model),
     )  # fmt: skip
     if session.main:
         checkpoint.keep_best(session.run.checkpoints, session.state.best_step)
     session.tell("saved", step=session.state.step, what="checkpoint", path=str(path))
+
+
+def _beside(session: Session, model: Any) -> dict[str, bytes]:
+    """What makes a checkpoint of a whole model one that can be opened and asked, as `final/` can."""
+    if session.recipe.method.kind == "lora" or not session.main:
+        return {}
+    kept = {name: path.read_bytes() for name in TOKENIZER if (path := session.base / name).is_file()}
+    return kept | {"config.json": model.config.to_json_string().encode()}
 
 
 def finish(session: Session, reason: str) -> None:
@@ -115,6 +157,9 @@ def finish(session: Session, reason: str) -> None:
     if recipe.train.final == "best" and kept and state.best_step != state.step:
         checkpoint.load_weights(best, model)
         chosen = state.best_step
+    if recipe.train.final == "average":
+        session.together.each(lambda: checkpoint.average(session.run.checkpoints, model))
+        validate(session)
     weights = whole_state(model, session.main) if session.together.sharded else None
 
     def write() -> None:
@@ -123,7 +168,8 @@ def finish(session: Session, reason: str) -> None:
         save_final(model, session.tokenizer, session.run.final, recipe, session.base, renderer, weights)
 
     session.together.first(write)
-    session.tell("saved", step=chosen, what="final", path=str(session.run.final))
+    size = sum(path.stat().st_size for path in load.weight_files(session.run.final)) if session.main else 0
+    session.tell("saved", step=chosen, what="final", path=str(session.run.final), bytes=size)
     look(session, final=True)
     end(session, reason, chosen)
     session.note(status="finished", step=state.step, final_step=chosen)

@@ -69,6 +69,11 @@ def build(groups: list[dict[str, Any]], train: Train, kind: Kind = "adamw") -> A
     return (optim.PagedAdamW8bit if kind == "paged" else optim.AdamW8bit)(groups, **settings)
 
 
+def level(step: int, steps: int, train: Train) -> bool:
+    """Whether a wsd rate has climbed and not begun to fall, so that how it goes on is still open."""
+    return train.schedule == "wsd" and round(steps * train.warmup) <= step <= steps - steps * DECAY
+
+
 def rate(step: int, steps: int, train: Train) -> float:
     """The learning rate of a step counted from 0: it climbs for the warm-up, then follows the schedule.
 

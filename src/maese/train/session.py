@@ -19,7 +19,7 @@ from maese.errors import Interrupted, MaeseError
 from maese.evaluate.likelihood import refuse_blended
 from maese.model import adapter, load
 from maese.plan.machine import Machine, allocator, machine
-from maese.recipe import Recipe
+from maese.recipe import Recipe, Train
 from maese.text import streams
 from maese.tokens.batches import steps_per_epoch
 from maese.tokens.pack import packed_rows
@@ -102,7 +102,10 @@ class Session:
 
     @property
     def steps(self) -> int:
-        train = self.recipe.train
+        return self.planned(self.recipe.train)
+
+    def planned(self, train: Train) -> int:
+        """How many steps a recipe's training takes on these rows."""
         each = steps_per_epoch(self.rows, train.micro_batch, train.accumulation)
         whole = max(1, math.ceil(train.epochs * each))
         return min(whole, train.max_steps) if train.max_steps else whole
@@ -216,12 +219,13 @@ def anywhere(recipe: Recipe) -> Recipe:
     What travels with maese keeps its name, so that the recipe can travel too.
     """
 
+    def found(name: str) -> str:
+        path = streams.locate(name) if name == "-" else Path(name).expanduser()
+        ours = path.exists() and path.resolve() != recipes.shipped(name).resolve()
+        return str(path.absolute()) if ours else name
+
     def absolute(source: recipes.Source) -> recipes.Source:
-        if source.path is None:
-            return source
-        path = streams.locate(source.path) if source.path == "-" else Path(source.path).expanduser()
-        ours = path.exists() and path.resolve() != recipes.shipped(source.path).resolve()
-        return source.model_copy(update={"path": str(path.absolute())}) if ours else source
+        return source if source.path is None else source.model_copy(update={"path": found(source.path)})
 
     template = Path(recipe.data.template).expanduser()
     changes = {
@@ -231,7 +235,10 @@ def anywhere(recipe: Recipe) -> Recipe:
     data = recipe.data.model_copy(update=changes)
     folder = Path(recipe.base).expanduser()
     name = str(folder.absolute()) if recipe.base != "embedded" and folder.is_dir() else recipe.base
-    return recipe.model_copy(update={"base": name, "data": data})
+    looks = (
+        recipe.eval.model_copy(update={"general": found(recipe.eval.general)}) if recipe.eval.general else recipe.eval
+    )
+    return recipe.model_copy(update={"base": name, "data": data, "eval": looks})
 
 
 @contextmanager

@@ -1,0 +1,248 @@
+"""From raw text to a model of one's own that answers: each stage leaves a folder, and is done once.
+
+    run = make(pipeline, watch)                       runs/2026-11-21-minigpt/
+    make(pipeline, watch, run, first="pretrain")      that stage again, and those after it
+
+    data/         the sources, cleaned, without repetitions         counts.json
+    tokenizer/    a vocabulary of one's own                         tokenizers.json, beside the embedded model's
+    base/         the model that knows nothing yet
+    pretrain/     a run like any other, with its own report         checkpoint-1000/ … while it lasts
+    instruct/     another, that begins where that one ended
+    scores.json   what came of it, on what nobody trained on
+    report/       all of it on one page
+
+A stage whose product is there is not done again, so whatever stops the whole, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from maese import pipeline as panel
+from maese import run as runs
+from maese.errors import Interrupted, MaeseError
+from maese.pipeline import STAGES, TRAININGS, Pipeline
+from maese.plan.sizes import SIZES, Shape
+from maese.recipe import Data, Recipe
+from maese.run import Run
+
+TOKENIZER_MB = 200.0  # of text that a tokenizer is trained on; more changes few of its merges
+ASKED = 200  # questions of those kept apart that are put to the model
+LARGE, FEWER = 50e6, 24  # parameters above which an answer has to be waited for, and fewer are asked
+
+Tell = Callable[[str, dict[str, Any]], object]
+
+
+def make(
+    pipeline: Pipeline, watcher: Callable[[], Any], tell: Tell, run: Run | None = None,
+    first: str = STAGES[0], last: str = STAGES[-1],
+) -> Run:  # fmt: skip
+    """Do the stages from `first` to `last`. What they had left is made anew; what comes before them is kept.
+
+    `watcher()` gives what shows one training; `tell(stage, facts)` hears of every stage that ends.
+    Errors: RUN-07 (a stage before `first` was never done), and those of each stage.
+    """
+    wanted = STAGES[STAGES.index(first) : STAGES.index(last) + 1]
+    if run is None:
+        run = runs.create(pipeline)  # type: ignore[arg-type]  # its name and its output are all that is asked
+        run.write("recipe.yaml", panel.dump(pipeline))
+        run.write("environment.json", runs.environment())
+    else:
+        run.open_for_writing()
+    try:
+        for stage in STAGES[: STAGES.index(first)]:
+            if stage in _stages(pipeline) and not done(run, stage):
+                raise MaeseError("RUN-07", stage=stage, run=str(run.path), first=first)
+        for stage in (stage for stage in _stages(pipeline) if stage in wanted):
+            if not done(run, stage):
+                run.write("state.json", {"status": "training", "stage": stage})
+                DO[stage](run, pipeline, watcher)
+            tell(stage, facts_of(run, stage))
+        run.write("state.json", {"status": "finished", "stage": wanted[-1]})
+    except Interrupted as stopped:  # a training says how it goes on, and what goes on is the whole
+        run.write("state.json", {"status": "interrupted"})
+        stopped.facts["run"] = str(run.path)
+        raise
+    except MaeseError as problem:
+        run.write("state.json", {"status": "error", "code": problem.code})
+        raise
+    finally:
+        run.close()
+    return run
+
+
+def forget(run: Run, first: str) -> None:
+    """Throw away what a stage and those after it left, so that they are done again."""
+    for stage in STAGES[STAGES.index(first) :]:
+        for path in _products(run, stage):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def done(run: Run, stage: str) -> bool:
+    """Whether a stage has left all it should."""
+    if stage in TRAININGS:
+        return (Run(run.path / stage).read("state.json") or {}).get("status") == "finished"
+    return all(path.exists() for path in _products(run, stage))
+
+
+def _products(run: Run, stage: str) -> list[Path]:
+    """What a stage leaves; the last of them is written when all is there."""
+    names = {
+        "data": ["data", "counts.json"],
+        "tokenizer": ["tokenizer", "base", "tokenizers.json"],
+        "evaluate": ["scores.json"],
+        "report": ["report"],
+    }
+    return [run.path / name for name in names.get(stage, [stage])]
+
+
+def _stages(pipeline: Pipeline) -> list[str]:
+    return [stage for stage in STAGES if stage not in TRAININGS or stage in pipeline.trainings]
+
+
+def shape_of(pipeline: Pipeline) -> Shape:
+    """The size asked for, with what was said otherwise."""
+    said = {key: value for key, value in pipeline.shape.model_dump().items() if value is not None}
+    return dataclasses.replace(SIZES[pipeline.size], **said)
+
+
+def data_of(run: Run, pipeline: Pipeline, training: str) -> Data:
+    """The data of a training as the first stage left it."""
+    made = json.loads((run.path / "data" / f"{training}.json").read_text("utf-8"))
+    data: Data = getattr(pipeline, training).data
+    made["sources"] = [source | {"path": str(run.path / source["path"])} for source in made["sources"]]
+    return Data.model_validate(data.model_dump() | made)
+
+
+def recipe_of(run: Run, pipeline: Pipeline, training: str) -> Recipe:
+    """A training as any recipe: its base, its data and its folder are those of the whole."""
+    recipe: Recipe = getattr(pipeline, training)
+    data = data_of(run, pipeline, training)
+    changes = {"base": str(run.path / recipe.base), "output": str(run.path / training), "data": data}
+    return recipe.model_copy(update=changes)
+
+
+def gather_data(run: Run, pipeline: Pipeline, _watcher: Any) -> None:
+    from maese.text.gather import gather
+
+    shutil.rmtree(run.path / "data", ignore_errors=True)
+    counts = {}
+    for training in pipeline.trainings:
+        data, counts[training] = gather(getattr(pipeline, training).data, run.path / "data" / training)
+        said = data.model_dump(include={"sources", "clean", "dedup", "format"})
+        for source in said["sources"]:
+            source["path"] = str(Path(source["path"]).relative_to(run.path))
+        run.write(f"data/{training}.json", said)
+    run.write("counts.json", counts)
+
+
+def make_tokenizer(run: Run, pipeline: Pipeline, _watcher: Any) -> None:
+    """The vocabulary, from what will be learnt alone, and the model whose words they are."""
+    from maese.model.build import build
+    from maese.text.gather import learnt
+    from maese.tokens.compare import compare
+    from maese.tokens.train import train_tokenizer
+
+    for name in ("tokenizer", "base"):
+        shutil.rmtree(run.path / name, ignore_errors=True)
+    datas = [data_of(run, pipeline, training) for training in pipeline.trainings]
+    shape, folder = shape_of(pipeline), run.path / "tokenizer"
+    texts = (text for data in datas for text in learnt(data))
+    names = [source.name for data in datas for source in data.sources]
+    train_tokenizer(texts, shape.vocabulary, folder, limit_mb=TOKENIZER_MB, sources=names)
+    build(shape, pipeline.architecture, folder, run.path / "base", pipeline.seed, pipeline.dropout)
+    run.write("tokenizers.json", compare([str(folder), "embedded", *_known()]))
+
+
+def _known() -> list[str]:
+    """GPT-2's tokenizer, where somebody once brought it here: nothing is asked of the network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache("gpt2", "tokenizer.json")
+    return [found] if isinstance(found, str) else []
+
+
+def train(run: Run, pipeline: Pipeline, watcher: Any, training: str) -> None:
+    """One training, from its beginning or from where it was."""
+    from maese.train import loop
+
+    part = Run(run.path / training)
+    with watcher() as watch:
+        if (part.path / "recipe.yaml").exists():
+            loop.resume(part, watch=watch)
+        else:
+            loop.train(recipe_of(run, pipeline, training), watch=watch)
+
+
+def evaluate(run: Run, pipeline: Pipeline, _watcher: Any) -> None:
+    """What each model foretells of what was kept apart, which sentences it prefers, and how it answers."""
+    from maese.evaluate import ability
+    from maese.generate.engine import open_writer
+    from maese.tokens.prepare import prepare
+
+    scores: dict[str, Any] = {"bits_per_byte": {}, "pairs": {}}
+    for training in pipeline.trainings:
+        writer = open_writer(Run(run.path / training))
+        for kept in pipeline.trainings:
+            rows = prepare(data_of(run, pipeline, kept), writer.tokenizer, shape_of(pipeline).context).validation
+            bits = ability.bits_per_byte(writer.model, writer.tokenizer, rows)
+            measured = dataclasses.asdict(bits) | {"value": bits.per_byte}
+            scores["bits_per_byte"].setdefault(kept, {})[training] = measured
+        scores["pairs"][training] = ability.minimal_pairs(writer.model, writer.tokenizer)
+        if writer.format != "text":
+            most = FEWER if writer.model.num_parameters() > LARGE else ASKED
+            asked = _questions(data_of(run, pipeline, training), most)
+            found = ability.answers(writer, asked)
+            scores["answers"] = dataclasses.asdict(found) | {"questions": asked}
+    run.write("scores.json", scores)
+
+
+def _questions(data: Data, most: int) -> list[str]:
+    """First questions of conversations kept apart, each once."""
+    from maese.text import read
+    from maese.text.deal import examine, flow
+    from maese.text.record import Conversation
+
+    readings = [read.open_source(source, data.format) for source in data.sources]
+    found: dict[str, None] = {}
+    for parcel in flow(readings, [examine(reading, data, []) for reading in readings], data):
+        if parcel.side == "validation" and isinstance(parcel.item, Conversation):
+            turn = parcel.item.messages[0]
+            found |= {turn.content: None} if turn.role == "user" else {}
+    return list(found)[:most]
+
+
+def write_report(run: Run, pipeline: Pipeline, _watcher: Any) -> None:
+    from maese.report import curves, facts, page, whole
+
+    for training in pipeline.trainings:
+        part = Run(run.path / training)
+        facts.write_metrics(part)
+        curves.plot(part)
+        page.write(part)
+    whole.write(run, pipeline.trainings)
+
+
+DO: dict[str, Callable[[Run, Pipeline, Any], None]] = {
+    "data": gather_data,
+    "tokenizer": make_tokenizer,
+    "pretrain": lambda run, pipeline, watcher: train(run, pipeline, watcher, "pretrain"),
+    "instruct": lambda run, pipeline, watcher: train(run, pipeline, watcher, "instruct"),
+    "evaluate": evaluate,
+    "report": write_report,
+}
+
+
+def facts_of(run: Run, stage: str) -> dict[str, Any]:
+    """What a stage came to, for whoever tells it."""
+    if stage in TRAININGS:
+        from maese.report.facts import facts
+
+        return facts(Run(run.path / stage))
+    name = {"data": "counts.json", "tokenizer": "tokenizers.json", "evaluate": "scores.json"}.get(stage)
+    return {"path": str(run.report / "index.html")} if name is None else run.read(name)

@@ -1,0 +1,349 @@
+"""A model from nothing: its size by arithmetic, its data counted, every stage done once, and what it is measured by."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from maese import pipeline as panel
+from maese.cli import STAGES as ASKED
+from maese.cli import run as command_line
+from maese.model.build import begin, build
+from maese.plan.sizes import SIZES, parameters
+from maese.recipe import Data
+from maese.run import Run
+
+PIPELINE = """
+name: mio
+size: nano
+shape: {layers: 2, heads: 2, width: 32, vocabulary: 330, context: 64}
+pretrain:
+  data: {sources: [{path: libro.txt}], format: text, max_length: 64, too_long: split, packing: true, validation: 0.1}
+  train: {max_steps: 4, micro_batch: 2, accumulation: 1, lr: 1e-3, optimizer: muon, precision: fp32}
+  eval: {every: 2, prompts: [En un]}
+  generate: {max_new_tokens: 8}
+instruct:
+  data: {sources: [{path: preguntas.jsonl}], template: maese, max_length: 64, too_long: drop, dedup: exact}
+  train: {max_steps: 3, micro_batch: 2, accumulation: 1, lr: 1e-3, precision: fp32}
+  eval: {every: 3, prompts: ["¿Qué?"]}
+  generate: {max_new_tokens: 8}
+"""
+
+
+@pytest.fixture
+def workshop(here, monkeypatch):
+    """A folder with a recipe of stages, a book and questions, some of them twice."""
+    monkeypatch.setattr("maese.report.curves.plot", lambda run: None)
+    monkeypatch.setattr("maese.stages.ASKED", 2)
+    Path("mio.yaml").write_text(PIPELINE, "utf-8")
+    words = ("hidalgo", "ventero", "molino", "camino", "caballo", "lugar", "sierra", "noche", "señora", "libro")
+    text = "".join(
+        f"El {words[i % 10]} {i} vio al {words[i * 7 % 10]} junto a la {words[i * 3 % 10]}.\n" for i in range(300)
+    )
+    Path("libro.txt").write_text(text, "utf-8")
+    rows = [{"instruction": f"¿Cuánto es {i} más {i}?", "output": f"Son {2 * i}."} for i in range(40)]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows + rows[:5]]
+    Path("preguntas.jsonl").write_text("".join(lines), "utf-8")
+    return here
+
+
+def maese(*words: str) -> int:
+    return command_line(list(words))
+
+
+@pytest.mark.parametrize("architecture", ["classic", "modern"])
+@pytest.mark.parametrize("size", SIZES)
+def test_parameters_by_arithmetic_are_those_of_the_model(size, architecture, tiny):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from maese.model.build import config
+    from maese.model.load import load_tokenizer
+
+    shape = SIZES[size]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config(shape, architecture, load_tokenizer(tiny)))
+    assert sum(p.numel() for p in model.parameters()) == parameters(shape, architecture)
+
+
+def test_the_sizes_are_those_promised():
+    assert 109e6 < parameters(SIZES["base"], "classic") < 111e6
+    assert 109e6 < parameters(SIZES["base"], "modern") < 111e6
+    assert all(25e6 < parameters(SIZES["mini"], kind) < 30e6 for kind in ("classic", "modern"))
+
+
+@pytest.mark.parametrize("architecture", ["classic", "modern"])
+def test_a_model_from_nothing_is_a_base_like_any_other_and_the_same_for_the_same_seed(architecture, tiny, here):
+    from maese.model.load import load_model, weights_hash
+
+    shape = dataclasses.replace(SIZES["nano"], layers=2, heads=2, width=32, context=64)
+    folders = [build(shape, architecture, tiny, here / f"b{i}", seed) for i, seed in enumerate((1, 1, 2))]
+    one, two, other = map(weights_hash, folders)
+    assert one == two != other
+    model = load_model(folders[0])
+    assert model.config.vocab_size == 320 and model.config.max_position_embeddings == 64
+
+
+def test_every_block_of_a_modern_model_begins_as_one_that_changes_nothing(tiny):
+    import torch
+
+    from maese.model.load import load_tokenizer
+
+    shape = dataclasses.replace(SIZES["nano"], layers=2, heads=2, width=32, vocabulary=320)
+    model = begin(shape, "modern", load_tokenizer(tiny), seed=3).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        through = model.model(input_ids=ids).last_hidden_state
+        straight = model.model.norm(model.model.embed_tokens(ids))
+    assert torch.allclose(through, straight, atol=1e-6)
+
+
+def test_every_stage_leaves_its_folder_and_the_report_shows_it(workshop, capsys):
+    assert maese("train", "mio.yaml", "output=hecho") == 0
+    said = capsys.readouterr()
+    assert said.out.strip() == "hecho" and "Evaluación" in said.err and "nano" in said.err
+    run = Run("hecho")
+    counts = run.read("counts.json")["instruct"][0]
+    assert counts["duplicate"] == 5 and counts["train"] + counts["validation"] == 40 and counts["read"] == 45
+    scores = run.read("scores.json")
+    assert {"pretrain", "instruct"} == scores["bits_per_byte"].keys() == scores["pairs"].keys()
+    assert all(0 < by[m]["value"] < 20 for by in scores["bits_per_byte"].values() for m in by)
+    assert scores["answers"]["asked"] == 2 == len(scores["answers"]["said"])
+    page = (run.report / "index.html").read_text("utf-8")
+    for part in ("libro.txt", "Preentrenamiento", "bits por byte", "../instruct/report/index.html", "<svg"):
+        assert part in page, part
+    assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+    assert Path(Run("hecho/instruct").recipe().base) == Path("hecho/pretrain/final").absolute()
+    assert run.read("state.json")["status"] == "finished"
+
+
+def test_what_is_done_is_not_done_again_and_from_does_it_anew(workshop):
+    assert maese("train", "mio.yaml", "--until", "tokenizer", "output=hecho") == 0
+    before = Path("hecho/tokenizer/tokenizer.json").stat().st_mtime_ns
+    assert not Path("hecho/pretrain").exists()
+    assert maese("resume", "hecho") == 0
+    assert Path("hecho/tokenizer/tokenizer.json").stat().st_mtime_ns == before
+    first = Path("hecho/pretrain/events.jsonl").read_text("utf-8")
+    assert maese("train", "mio.yaml", "--from", "instruct", "output=hecho") == 0
+    assert Path("hecho/pretrain/events.jsonl").read_text("utf-8") == first
+    shutil.rmtree("hecho/base")
+    assert maese("train", "mio.yaml", "--from", "pretrain", "output=hecho") == 1
+
+
+def test_a_training_cut_short_goes_on_with_the_whole(workshop, capsys, monkeypatch):
+    from maese.train import loop
+
+    real = loop.take_step
+
+    def stop(session, *given):
+        found = real(session, *given)
+        if session.state.step == 1:
+            session.stop_signal = 2
+        return found
+
+    monkeypatch.setattr(loop, "take_step", stop)
+    assert maese("train", "mio.yaml", "output=hecho") == 130
+    assert "maese resume hecho\n" in capsys.readouterr().err
+    assert Run("hecho").read("state.json")["status"] == "interrupted"
+    monkeypatch.setattr(loop, "take_step", real)
+    assert maese("resume", "hecho") == 0
+    kinds = [e["type"] for e in Run("hecho/pretrain").history()]
+    assert kinds.count("step") == 4
+
+
+def test_stages_are_asked_of_what_has_them(workshop, capsys):
+    assert tuple(ASKED) == panel.STAGES
+    assert maese("train", "quijote", "--from", "pretrain") == 2
+    assert "USE-12" in capsys.readouterr().err
+    assert maese("train", "mio.yaml", "--until", "data", "output=hecho") == 0
+    assert maese("train", "mio.yaml", "--from", "evaluate", "output=hecho") == 1
+    assert "RUN-07" in capsys.readouterr().err
+
+
+def test_a_change_goes_to_every_training_or_to_the_one_named(workshop):
+    chosen = panel.load("mio.yaml", ["train.max_steps=9", "instruct.train.lr=0.5", "shape.layers=3"])
+    assert chosen.pretrain.train.max_steps == chosen.instruct.train.max_steps == 9
+    assert chosen.instruct.train.lr == 0.5 and chosen.pretrain.train.lr == 1e-3 and chosen.shape.layers == 3
+    Path("otra.yaml").write_text(panel.dump(chosen), "utf-8")
+    assert panel.load("otra.yaml") == chosen
+
+
+@pytest.mark.parametrize("name", ["minigpt", "minigpt-classic", "minigpt-hub"])
+def test_the_recipes_of_stages_that_travel_are_whole(name, workshop):
+    chosen = panel.load(name)
+    assert chosen.name == name and chosen.pretrain.base == "base"
+
+
+def test_gathered_sources_deal_the_same_rows(workshop, tiny):
+    """What the first stage writes is learnt and kept apart as the sources themselves would be."""
+    from maese.model.load import load_tokenizer
+    from maese.text.gather import gather, learnt
+    from maese.tokens.prepare import prepare
+
+    tokenizer = load_tokenizer(tiny)
+    for data in (panel.load("mio.yaml").pretrain.data, panel.load("mio.yaml").instruct.data):
+        data = Data.model_validate(data.model_dump() | {"template": "plain"})
+        ours, counts = gather(data, workshop / f"data-{data.template}-{data.format}")
+        direct, again = (prepare(each, tokenizer, 128) for each in (data, ours))
+        for side in ("train", "validation"):
+            assert [e.ids for e in getattr(direct, side)] == [e.ids for e in getattr(again, side)], side
+        assert sum(c["train"] for c in counts) <= counts[0]["read"]
+        held = {tokenizer.decode(e.ids, skip_special_tokens=True).strip() for e in direct.validation}
+        assert not held & {text.strip() for text in learnt(ours)}
+
+
+def test_bits_per_byte_are_nats_over_what_is_spelt(tiny):
+    """Against the sum by hand; special tokens cost and spell nothing, and every byte is counted once."""
+    import torch
+
+    from maese.evaluate.ability import bits_per_byte, byte_lengths
+    from maese.model.load import load_model, load_tokenizer
+    from maese.tokens.template import Example
+
+    model, tokenizer = load_model(tiny), load_tokenizer(tiny)
+    texts = ["En un lugar de la sierra.", "¿Quién va? Ñandú y 👩\u200d👧."]
+    spelt = byte_lengths(tokenizer)
+    assert all(sum(spelt[i] for i in tokenizer(text)["input_ids"]) == len(text.encode()) for text in texts)
+    rows = []
+    for text in texts:
+        ids = [0, *tokenizer(text)["input_ids"], 2]
+        rows.append(Example(ids, [0] + [1] * (len(ids) - 1)))
+    found = bits_per_byte(model, tokenizer, rows)
+    nats = 0.0
+    for row in rows:
+        with torch.no_grad():
+            logits = model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
+        nats -= sum(float(logits[i - 1, row.ids[i]]) for i in range(1, len(row.ids) - 1))
+    assert found.bytes == sum(len(text.encode()) for text in texts)
+    assert found.bits == pytest.approx(nats / math.log(2), rel=1e-5)
+
+
+def test_pairs_differ_and_a_model_is_asked_for_the_likelier(tiny, monkeypatch):
+    from maese.evaluate import ability
+    from maese.model.load import load_model, load_tokenizer
+
+    kinds = ability.pairs()
+    assert sum(map(len, kinds.values())) >= 60
+    assert all(right != wrong for some in kinds.values() for right, wrong in some)
+    one = {"x": [("En un lugar", "xzqwk jhgfd"), ("xzqwk jhgfd", "En un lugar")]}
+    monkeypatch.setattr(ability, "pairs", lambda: one)
+    assert ability.minimal_pairs(load_model(tiny), load_tokenizer(tiny)) == {"x": (1, 2)}
+
+
+def test_answers_are_told_by_how_they_end(tiny, monkeypatch):
+    from maese.evaluate import ability
+    from maese.generate.engine import Answer
+
+    class Writer:
+        def generate(self, question, **settings):
+            assert settings["temperature"] == 0.0
+            spoken = {
+                "a": "Los niños juegan en la calle con sus amigos.",
+                "b": "The cat sat on the mat and slept there all day, because it was warm and nobody came.",
+            }
+            return Answer(spoken[question], 9, 0.1, "end" if question == "a" else "length", 1, 1)
+
+    found = ability.answers(Writer(), ["a", "b"])
+    assert (found.asked, found.ended, found.spanish, found.told) == (2, 1, 1, 2)
+
+
+def test_the_average_is_that_of_the_checkpoints_and_the_end(recipe):
+    from safetensors.torch import load_file
+
+    from maese.train.checkpoint import saved
+    from maese.train.loop import train
+
+    run = train(recipe("train.final=average", "train.max_steps=6", "train.save_every=2", "train.keep=2"))
+    last = train(recipe("train.final=last", "train.max_steps=6", "train.save_every=2", "train.keep=2", "output=last"))
+    kept = [load_file(path / "model.safetensors") for path in saved(run.checkpoints)]
+    ends, found = (load_file(r.final / "model.safetensors") for r in (last, run))
+    assert len(kept) == 2
+    for name, tensor in found.items():
+        mean = (ends[name] + sum(each[name] for each in kept)) / 3
+        assert float((tensor - mean).abs().max()) < 1e-6, name
+    told = [e for e in run.history() if e["type"] == "validation"]
+    assert told[-1]["averaged"] and not told[-1]["best"]
+
+
+def test_before_its_rate_falls_a_run_may_be_made_longer(recipe, here):
+    """Trained to 10 steps at once, or to 6 and then made longer while the rate was still level: the same."""
+    from test_scale import cut
+
+    from maese.errors import MaeseError
+    from maese.train.loop import resume, train
+
+    steady = ["train.schedule=wsd", "train.warmup=0.1", "train.save_every=50", "train.epochs=9"]
+    straight = train(recipe(*steady, "train.max_steps=10", "output=straight"))
+    cut(recipe(*steady, "train.max_steps=6", "output=longer"), 3)
+    path = here / "longer" / "recipe.yaml"
+    path.write_text(path.read_text("utf-8").replace("max_steps: 6", "max_steps: 10"), "utf-8")
+    resume(Run("longer"))
+    losses = [[e["loss"] for e in Run(r).history() if e["type"] == "step"] for r in ("straight", "longer")]
+    assert len(losses[0]) == 10 and losses[0] == losses[1] and straight.path.name == "straight"
+    cut(recipe(*steady, "train.max_steps=6", "output=late"), 5)
+    path = here / "late" / "recipe.yaml"
+    path.write_text(path.read_text("utf-8").replace("max_steps: 6", "max_steps: 10"), "utf-8")
+    with pytest.raises(MaeseError) as caught:
+        resume(Run("late"))
+    assert caught.value.code == "RESUME-05"
+
+
+def test_an_encoder_and_a_decoder_learn_the_same_rows_and_are_measured_on_others(workshop, capsys):
+    """Both lose less than at the start; the table, the page and the file say the same."""
+    rows = [{"text": f"{'rojo azul verde' if i % 2 else 'uno dos tres'} {i}", "tarea": str(i % 2)} for i in range(60)]
+    Path("clases.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    words = ["compare-architectures", "libro.txt", "--labels", "clases.jsonl", "--steps", "30", "--output", "estudio"]
+    assert maese(*words) == 0
+    said = capsys.readouterr()
+    assert said.out.strip() == "estudio" and "codificador" in said.err
+    found = json.loads(Path("estudio/architectures.json").read_text("utf-8"))
+    sizes = [found[kind]["parameters"] for kind in ("encoder", "decoder")]
+    assert max(sizes) / min(sizes) < 1.05
+    for kind in ("encoder", "decoder"):
+        assert len(found[kind]["loss"]) == 30 and found[kind]["loss"][-1] < found[kind]["loss"][0] - 0.5
+        assert found[kind]["probe"] > 0.6 and 0 <= found[kind]["hole_accuracy"] <= 1
+    assert found["encoder"]["perplexity"] is None and found["decoder"]["perplexity"] > 1
+    page = Path("estudio/report/index.html").read_text("utf-8")
+    assert page.count("<svg") == 4 and found["decoder"]["wrote"][:20] in page
+    assert maese(*words) == 1 and "RUN-01" in capsys.readouterr().err
+
+
+def test_holes_are_seen_from_both_sides_by_one_and_from_the_left_by_the_other(tiny):
+    """A decoder that says nothing of what follows a hole is not changed by it; an encoder is."""
+    import torch
+
+    from maese.train.architectures import Held, Study, build, hole_accuracy, loss_of
+
+    settings = Study(layers=1, heads=2, width=32, context=8, steps=1)
+    ids = torch.randint(0, 50, (4, 8), generator=torch.Generator().manual_seed(1))
+    later = ids.clone()
+    later[:, 7] = 3
+    holes = torch.zeros_like(ids, dtype=torch.bool)
+    holes[:, 4] = True
+    for kind in ("encoder", "decoder"):
+        model = build(kind, 51, settings).eval()
+        with torch.no_grad():
+            said = [model(input_ids=x).logits[:, 4] for x in (ids, later)]
+        assert bool((said[0] == said[1]).all()) == (kind == "decoder")
+        assert 0 <= hole_accuracy(kind, model, Held(ids, holes), 50) <= 1
+        torch.manual_seed(0)
+        assert float(loss_of(kind, 50)(model, ids)) > 0
+
+
+def test_a_checkpoint_of_a_whole_model_opens_like_one(recipe):
+    """`checkpoints/checkpoint-2` writes what the model was then: config, tokenizer and weights are there."""
+    from maese.generate.engine import open_writer
+    from maese.train.loop import train
+
+    run = train(recipe("train.max_steps=3", "train.save_every=2"))
+    writer = open_writer(run.checkpoints / "checkpoint-2")
+    assert writer.generate("En un lugar", max_new_tokens=4).tokens <= 4
+    before, after = (
+        dict(open_writer(p).model.named_parameters()) for p in (run.checkpoints / "checkpoint-2", run.final)
+    )
+    assert any(bool((before[name] != after[name]).any()) for name in after)
