@@ -33,7 +33,7 @@ def quicken(model: Any) -> int:
                 setattr(module, name, torch.nn.GELU(approximate="tanh"))
                 changed += 1
             if _is_rms(child):
-                child.forward = partial(_normed, child)
+                setattr(module, name, Norm(child))
                 changed += 1
         if type(module) is LoraLinear and type(module.get_base_layer()) in (torch.nn.Linear, Conv1D):
             module.forward = partial(_forward, module, module.forward)  # type: ignore[method-assign]  # on purpose
@@ -54,9 +54,19 @@ def _is_rms(module: Any) -> bool:
         return bool(torch.allclose(module(x).float(), ours.float(), rtol=1e-3, atol=1e-3))
 
 
-def _normed(module: Any, x: Tensor) -> Tensor:
-    """RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467), in the dtype that the module would give."""
-    return _Norm.apply(x, module.weight, module.variance_epsilon, torch.promote_types(module.weight.dtype, x.dtype))
+class Norm(torch.nn.Module):
+    """RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467) with the weight of another, in the dtype that one gives.
+
+    A class and not another `forward` on the old one: what is compiled for one block then serves them all.
+    """
+
+    def __init__(self, of: Any) -> None:
+        super().__init__()
+        self.weight, self.eps = of.weight, of.variance_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed: Tensor = _Norm.apply(x, self.weight, self.eps, torch.promote_types(self.weight.dtype, x.dtype))
+        return normed
 
 
 class _Norm(torch.autograd.Function):

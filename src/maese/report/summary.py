@@ -58,8 +58,8 @@ def _held_out(f: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _cost(f: dict[str, Any]) -> list[tuple[str, str]]:
     return [
-        (say("report.box.trained"), shown(f["share"], lambda v: f"{quantity(f['trainable'])} ({percent(v)})")),
-        (say("report.box.file"), shown(f["final_bytes"], lambda v: f"{number(v / 1e6, 1)} MB")),
+        *([(say("report.box.trained"), f"{quantity(f['trainable'])} ({percent(f['share'])})")] if f["share"] else []),
+        *([(say("report.box.file"), f"{number(f['final_bytes'] / 1e6, 1)} MB")] if f["final_bytes"] else []),
         (say("report.box.steps"), shown(f["steps"], number)),
         (say("report.box.time"), shown(f["seconds"], duration)),
         (say("report.box.speed"), shown(f["tokens_s"], lambda v: say("report.unit.tokens_s", value=number(v, 0)))),
