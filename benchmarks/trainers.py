@@ -336,6 +336,12 @@ Not measured yet on a quiet machine.
 <!-- cuda -->
 Not measured yet.
 <!-- /cuda -->
+
+## A model from nothing: `python benchmarks/minigpt.py --text … --write`
+
+<!-- minigpt -->
+Not measured yet.
+<!-- /minigpt -->
 """
 
 

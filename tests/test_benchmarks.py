@@ -121,3 +121,28 @@ def test_the_allocator_of_everybody_can_be_chosen(scripts):
 
     assert cuda.arguments(["--out", "r.json"]).allocator is None
     assert cuda.ALLOCATORS[cuda.arguments(["--out", "r.json", "--allocator", "native"]).allocator].endswith("False")
+
+
+def test_how_soon_one_recipe_is_as_good_as_another_ends(scripts):
+    """Between two validations the curve is taken for straight; time is that of the other's whole training."""
+    import minigpt
+
+    def run(nats: list[float], seconds: float) -> dict:
+        points = [{"seconds": i * seconds, "tokens": 10 * i, "nats": n} for i, n in enumerate(nats)]
+        return {
+            "curve": points,
+            "tokens_per_byte": 0.25,
+            "kind": "x",
+            "seed": 1,
+            "lr": 1.0,
+            "parameters": 9,
+            "steps": 3,
+        }
+
+    classic = run([8.0, 6.0, 5.0, 4.0], 10.0)
+    assert minigpt.bits(classic)[-1] == pytest.approx(4.0 * 0.25 / 0.6931, rel=1e-3)
+    assert minigpt.sooner(run([8.0, 5.0, 3.0, 2.0], 6.0), classic) == pytest.approx((6 + 3) / 30)
+    assert minigpt.sooner(run([8.0, 7.0, 6.0, 5.0], 6.0), classic) is None
+    both = [classic | {"kind": "classic"}, run([8.0, 5.0, 3.0, 2.0], 6.0) | {"kind": "modern"}]
+    told = minigpt.table(both)
+    assert "-50.0%" in told and "0.30 of its time" in told
