@@ -27,7 +27,7 @@ SHAPE = {"layers": 6, "heads": 4, "width": 256, "vocabulary": 8192, "context": 5
 ROWS = 16  # of the context, in a step
 RECIPES = {
     "classic": {"lr": 1e-3, "optimizer": "adamw", "schedule": "cosine", "weight_decay": 0.01, "warmup": 0.05},
-    "modern": {"lr": 4e-3, "optimizer": "muon", "schedule": "linear", "weight_decay": 0.1, "warmup": 0.02},
+    "modern": {"lr": 2e-3, "optimizer": "muon", "schedule": "linear", "weight_decay": 0.1, "warmup": 0.02},
 }
 
 
@@ -43,7 +43,7 @@ def one(kind: str, seed: int, steps: int, text: Path, lr: float | None = None) -
 
     source = {"path": str(text)}
     data = {"sources": [source], "format": "text", "max_length": SHAPE["context"], "too_long": "split"}
-    data |= {"packing": True, "validation": 0.03, "tolerance": 0.1}
+    data |= {"packing": True, "validation": 0.01, "tolerance": 0.1}
     tokenizer = OUT / "tokenizer"
     if not tokenizer.exists():
         train_tokenizer(learnt(Data(**(data | {"sources": [Source(**source)]}))), SHAPE["vocabulary"], tokenizer)
@@ -61,7 +61,7 @@ def one(kind: str, seed: int, steps: int, text: Path, lr: float | None = None) -
             "train": settings
             | {"max_steps": steps, "epochs": 1, "micro_batch": 4, "accumulation": ROWS // 4, "seed": seed}
             | {"save_every": 10**6, "final": "last"},
-            "eval": {"every": max(1, steps // 24)},
+            "eval": {"every": max(1, steps // 12)},
             "output": str(OUT / "runs" / name),
         }
     )

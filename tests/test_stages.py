@@ -81,7 +81,7 @@ def test_the_sizes_are_those_promised():
 def test_a_model_from_nothing_is_a_base_like_any_other_and_the_same_for_the_same_seed(architecture, tiny, here):
     from maese.model.load import load_model, weights_hash
 
-    shape = dataclasses.replace(SIZES["nano"], layers=2, heads=2, width=32, context=64)
+    shape = dataclasses.replace(SIZES["nano"], layers=2, heads=2, width=32, vocabulary=320, context=64)
     folders = [build(shape, architecture, tiny, here / f"b{i}", seed) for i, seed in enumerate((1, 1, 2))]
     one, two, other = map(weights_hash, folders)
     assert one == two != other
@@ -131,8 +131,19 @@ def test_what_is_done_is_not_done_again_and_from_does_it_anew(workshop):
     first = Path("hecho/pretrain/events.jsonl").read_text("utf-8")
     assert maese("train", "mio.yaml", "--from", "instruct", "output=hecho") == 0
     assert Path("hecho/pretrain/events.jsonl").read_text("utf-8") == first
-    shutil.rmtree("hecho/base")
+    assert maese("train", "mio.yaml", "--from", "pretrain", "shape.layers=1", "output=hecho") == 0
+    config = json.loads(Path("hecho/pretrain/final/config.json").read_text("utf-8"))
+    assert config["num_hidden_layers"] == 1 and panel.load("hecho/recipe.yaml").shape.layers == 1
+    shutil.rmtree("hecho/tokenizer")
     assert maese("train", "mio.yaml", "--from", "pretrain", "output=hecho") == 1
+
+
+def test_too_little_text_for_the_vocabulary_is_said_and_the_model_keeps_its_size(workshop, capsys):
+    assert maese("train", "mio.yaml", "--until", "tokenizer", "shape.vocabulary=20000", "output=hecho") == 0
+    assert "20.000" in capsys.readouterr().err
+    found = Run("hecho").read("tokenizers.json")
+    assert found["asked"] == 20_000 > found["made"] == found["tokenizers"][0]["vocabulary"]
+    assert json.loads(Path("hecho/base/config.json").read_text("utf-8"))["vocab_size"] == 20_000
 
 
 def test_a_training_cut_short_goes_on_with_the_whole(workshop, capsys, monkeypatch):
@@ -163,6 +174,22 @@ def test_stages_are_asked_of_what_has_them(workshop, capsys):
     assert maese("train", "mio.yaml", "--until", "data", "output=hecho") == 0
     assert maese("train", "mio.yaml", "--from", "evaluate", "output=hecho") == 1
     assert "RUN-07" in capsys.readouterr().err
+
+
+def test_with_several_processes_each_training_goes_by_itself(workshop, capsys, monkeypatch):
+    """The stages are one process's; what can be shared out is a recipe that the whole then takes for done."""
+    from maese import recipe as recipes
+    from maese.train.loop import train
+
+    assert maese("train", "mio.yaml", "--until", "tokenizer", "output=hecho") == 0
+    with monkeypatch.context() as several:
+        several.setenv("WORLD_SIZE", "2")
+        assert maese("resume", "hecho") == 1
+        assert "DIST-05" in capsys.readouterr().err
+    train(recipes.load("hecho/pretrain.yaml"))
+    first = Path("hecho/pretrain/events.jsonl").read_text("utf-8")
+    assert maese("resume", "hecho") == 0
+    assert Path("hecho/pretrain/events.jsonl").read_text("utf-8") == first
 
 
 def test_a_change_goes_to_every_training_or_to_the_one_named(workshop):

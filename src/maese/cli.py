@@ -165,6 +165,7 @@ def train(
 
 def _make(ctx: click.Context, pipeline: Any, first: str | None, last: str | None, run: Any = None) -> None:
     """The stages of a model made from nothing: all, or those asked for, in the newest folder of that name."""
+    from maese import pipeline as panel
     from maese import run as runs
     from maese import stages, terminal, terminal_stages
 
@@ -172,6 +173,7 @@ def _make(ctx: click.Context, pipeline: Any, first: str | None, last: str | None
     if first and run is None:
         run = runs.find(pipeline.output or pipeline.name)
         stages.forget(run, first)
+        run.write("recipe.yaml", panel.dump(pipeline))  # what is asked now is what a resume would go on with
     tell = terminal_stages.teller(**ctx.obj)
     span = {"first": first or STAGES[0], "last": last or STAGES[-1]}
     made = stages.make(pipeline, lambda: terminal.watcher(**ctx.obj), tell, run, **span)

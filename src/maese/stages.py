@@ -5,7 +5,7 @@
 
     data/         the sources, cleaned, without repetitions         counts.json
     tokenizer/    a vocabulary of one's own                         tokenizers.json, beside the embedded model's
-    base/         the model that knows nothing yet
+    base/         the model that knows nothing yet                  pretrain.yaml, instruct.yaml: each by itself
     pretrain/     a run like any other, with its own report         checkpoint-1000/ … while it lasts
     instruct/     another, that begins where that one ended
     scores.json   what came of it, on what nobody trained on
@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from maese import pipeline as panel
+from maese import recipe as recipes
 from maese import run as runs
 from maese.errors import Interrupted, MaeseError
 from maese.pipeline import STAGES, TRAININGS, Pipeline
@@ -45,8 +47,12 @@ def make(
     """Do the stages from `first` to `last`. What they had left is made anew; what comes before them is kept.
 
     `watcher()` gives what shows one training; `tell(stage, facts)` hears of every stage that ends.
-    Errors: RUN-07 (a stage before `first` was never done), and those of each stage.
+    Errors: RUN-07 (a stage before `first` was never done), DIST-05 (several processes), and those of each stage.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        problem = MaeseError("DIST-05", name=pipeline.name, run=str(run.path) if run else f"runs/…-{pipeline.name}")
+        problem.agreed = True  # each of them finds it: the first says it
+        raise problem
     wanted = STAGES[STAGES.index(first) : STAGES.index(last) + 1]
     if run is None:
         run = runs.create(pipeline)  # type: ignore[arg-type]  # its name and its output are all that is asked
@@ -143,7 +149,6 @@ def gather_data(run: Run, pipeline: Pipeline, _watcher: Any) -> None:
 
 def make_tokenizer(run: Run, pipeline: Pipeline, _watcher: Any) -> None:
     """The vocabulary, from what will be learnt alone, and the model whose words they are."""
-    from maese.model.build import build
     from maese.text.gather import learnt
     from maese.tokens.compare import compare
     from maese.tokens.train import train_tokenizer
@@ -152,11 +157,38 @@ def make_tokenizer(run: Run, pipeline: Pipeline, _watcher: Any) -> None:
         shutil.rmtree(run.path / name, ignore_errors=True)
     datas = [data_of(run, pipeline, training) for training in pipeline.trainings]
     shape, folder = shape_of(pipeline), run.path / "tokenizer"
-    texts = (text for data in datas for text in learnt(data))
     names = [source.name for data in datas for source in data.sources]
-    train_tokenizer(texts, shape.vocabulary, folder, limit_mb=TOKENIZER_MB, sources=names)
-    build(shape, pipeline.architecture, folder, run.path / "base", pipeline.seed, pipeline.dropout)
-    run.write("tokenizers.json", compare([str(folder), "embedded", *_known()]))
+
+    def made(size: int) -> Path:
+        texts = (text for data in datas for text in learnt(data))
+        return train_tokenizer(texts, size, folder, limit_mb=TOKENIZER_MB, sources=names)
+
+    fewer: dict[str, int] = {}
+    try:
+        made(shape.vocabulary)
+    except MaeseError as problem:
+        if problem.code != "TOKEN-04":
+            raise
+        # The model keeps its size, with rows that no word uses: more text is what it waits for.
+        fewer = {"asked": shape.vocabulary, "made": int(str(problem.facts["made"]))}
+        made(fewer["made"])
+    make_base(run, pipeline)
+    for training in pipeline.trainings:  # so that one of them can be given to several processes by itself
+        run.write(f"{training}.yaml", recipes.dump(recipe_of(run, pipeline, training)))
+    run.write("tokenizers.json", compare([str(folder), "embedded", *_known()]) | fewer)
+
+
+def make_base(run: Run, pipeline: Pipeline) -> None:
+    """The model that knows nothing, of the shape asked for; one of another shape that is there is put aside."""
+    from maese.model.build import build
+
+    folder, shape = run.path / "base", shape_of(pipeline)
+    wanted = shape.__dict__ | pipeline.model_dump(include={"architecture", "dropout", "seed"})
+    if folder.exists() and run.read("base/shape.json") == wanted:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    build(shape, pipeline.architecture, run.path / "tokenizer", folder, pipeline.seed, pipeline.dropout)
+    run.write("base/shape.json", wanted)
 
 
 def _known() -> list[str]:
@@ -172,6 +204,8 @@ def train(run: Run, pipeline: Pipeline, watcher: Any, training: str) -> None:
     from maese.train import loop
 
     part = Run(run.path / training)
+    if training == TRAININGS[0] and not (part.path / "recipe.yaml").exists():
+        make_base(run, pipeline)
     with watcher() as watch:
         if (part.path / "recipe.yaml").exists():
             loop.resume(part, watch=watch)

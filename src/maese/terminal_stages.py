@@ -46,6 +46,8 @@ def teller(json: bool = False, quiet: int = 0) -> Tell:
         place = {"n": STAGES.index(stage) + 1, "of": len(STAGES), "title": whole.named(stage)}
         talk("\n" + say("stage.done", **place))
         draw(whole.tables(stage, facts), talk=True)
+        if facts.get("asked"):
+            talk(say("stage.fewer", made=facts["made"], asked=facts["asked"]))
         if facts.get("validation_kept") is not None:
             loss = number(facts["validation_kept"], 3)
             talk(say("stage.learnt", loss=loss, n=quantity(facts["tokens"] or 0), steps=facts["steps"]))

@@ -67,14 +67,14 @@ def begin(shape: Shape, architecture: Architecture, tokenizer: Any, seed: int, d
 def build(
     shape: Shape, architecture: Architecture, tokenizer: Path, out: Path, seed: int = 42, dropout: float = 0.0
 ) -> Path:
-    """Write a base that knows nothing: configuration, first weights and tokenizer. Its vocabulary is the tokenizer's.
+    """Write a base that knows nothing: configuration, first weights and tokenizer, of at least its vocabulary.
 
     Errors: TOKEN-01, TOKEN-02 (no tokenizer there), DISK-01, DISK-02.
     """
     from maese.model.load import load_tokenizer
 
     words = load_tokenizer(tokenizer)
-    shape = dataclasses.replace(shape, vocabulary=len(words))
+    shape = dataclasses.replace(shape, vocabulary=max(shape.vocabulary, len(words)))
     model = begin(shape, architecture, words, seed, dropout)
     draft = out.with_name(f".{out.name}.{os.getpid()}")
     with disk(out):
