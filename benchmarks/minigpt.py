@@ -6,8 +6,8 @@
 classic is GPT-2's architecture with AdamW and a cosine, modern Qwen3's with Muon and a linear fall, both as
 `maese.model.build` makes them and the one loop trains them, of the same width and depth, over one tokenizer and the
 same rows in the same order. Runs of a seed are interleaved. What is compared is held-out bits per byte: at the end,
-and when modern was as good as classic ends, counted in classic's own seconds of training. Rates were looked for first
-with `--rates`, for each recipe by itself, on another seed.
+and when modern was as good as classic ends, counted in classic's own seconds of training. Rates are looked for
+with `--rates`, on another seed; what was found is in LOG.md.
 """
 
 from __future__ import annotations
