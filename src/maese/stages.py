@@ -238,13 +238,11 @@ def evaluate(run: Run, pipeline: Pipeline, _watcher: Any) -> None:
 
 def _questions(data: Data, most: int) -> list[str]:
     """First questions of conversations kept apart, each once."""
-    from maese.text import read
-    from maese.text.deal import examine, flow
+    from maese.text.gather import parcels
     from maese.text.record import Conversation
 
-    readings = [read.open_source(source, data.format) for source in data.sources]
     found: dict[str, None] = {}
-    for parcel in flow(readings, [examine(reading, data, []) for reading in readings], data):
+    for parcel in parcels(data):
         if parcel.side == "validation" and isinstance(parcel.item, Conversation):
             turn = parcel.item.messages[0]
             found |= {turn.content: None} if turn.role == "user" else {}

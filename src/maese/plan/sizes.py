@@ -1,9 +1,8 @@
 """Shapes of models by name, and how many parameters a shape has, from arithmetic alone.
 
-parameters(SIZES["mini"], "modern")      26,451,328
+    parameters(SIZES["mini"], "modern")      26,451,328
 
-classic   GPT-2 (Radford et al. 2019)
-modern    Qwen3's (Yang et al. 2025, arXiv 2505.09388)
+`classic` is GPT-2 (Radford et al. 2019), `modern` Qwen3's (Yang et al. 2025, arXiv 2505.09388).
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """The page of an encoder and a decoder side by side: what each learnt, what each is for.
 
-write(found, Path("runs/2026-11-21-architectures"))     report/index.html, from the figures of `train.architectures`
+    write(found, Path("runs/2026-11-21-architectures"))     report/index.html
+
+In go the figures of `train.architectures`; `table` gives the same ones to the terminal.
 """
 
 from __future__ import annotations

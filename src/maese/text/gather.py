@@ -59,10 +59,15 @@ def gather(data: Data, folder: Path, progress: Progress | None = None) -> tuple[
     ), facts
 
 
+def parcels(data: Data) -> Iterator[Parcel]:
+    """Every item of a recipe's sources with its side, or what is left out with its reason."""
+    readings = [read.open_source(source, data.format) for source in data.sources]
+    yield from flow(readings, [examine(reading, data, []) for reading in readings], data)
+
+
 def learnt(data: Data) -> Iterator[str]:
     """The texts of a recipe that will be learnt, once each: what a tokenizer may look at."""
-    readings = [read.open_source(source, data.format) for source in data.sources]
-    for parcel in flow(readings, [examine(reading, data, []) for reading in readings], data):
+    for parcel in parcels(data):
         if parcel.item is not None and parcel.side == "train":
             yield from texts_of(parcel.item)
 

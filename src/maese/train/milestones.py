@@ -65,13 +65,12 @@ def look(session: Session, final: bool) -> None:
                 session.tell("saved", step=state.step, what="best", path=str(path))
         perplexity = math.exp(min(loss, 700))
         session.tell("validation", step=state.step, loss=loss, perplexity=perplexity, tokens=targets, best=best)
+    # With its weights in pieces a model speaks only when all processes have it speak, the same.
+    speak = session.together.each if session.together.sharded else session.together.first
     if recipe.eval.general and (final or state.step == 0):
-        speak = session.together.each if session.together.sharded else session.together.first
         speak(lambda: elsewhere(session, model, recipe.eval.general or "", final))
     whole = final or state.step == 0
     if whole or state.step < session.steps:
-        # With its weights in pieces a model speaks only when all processes have it speak, the same.
-        speak = session.together.each if session.together.sharded else session.together.first
         speak(lambda: samples(session, model, whole, final))
         cut_again(model)
 
