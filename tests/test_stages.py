@@ -374,3 +374,14 @@ def test_a_checkpoint_of_a_whole_model_opens_like_one(recipe):
         dict(open_writer(p).model.named_parameters()) for p in (run.checkpoints / "checkpoint-2", run.final)
     )
     assert any(bool((before[name] != after[name]).any()) for name in after)
+
+
+def test_rows_chosen_by_a_column_stay_when_they_are_written_without_it(workshop):
+    """A question becomes a message, so its column is gone: asking for it again would leave nothing."""
+    from maese.text.gather import gather, parcels
+
+    rows = [{"instruction": "Dime algo." if i % 2 else "Calla.", "output": f"Son {i} cosas."} for i in range(8)]
+    Path("dichos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    source = {"path": "dichos.jsonl", "where": {"instruction": "Dime algo."}}
+    ours, counts = gather(Data.model_validate({"sources": [source], "validation": 0.0}), workshop / "pocas")
+    assert counts[0]["train"] == 4 == sum(parcel.item is not None for parcel in parcels(ours))

@@ -49,7 +49,7 @@ def gather(data: Data, folder: Path, progress: Progress | None = None) -> tuple[
             if progress:
                 progress(done)
     sources = [
-        source.model_copy(update={"path": str(path), "hub": None, "limit": None, "map": {}})
+        source.model_copy(update={"path": str(path), "hub": None, "limit": None, "map": {}, "where": {}})
         for source, path in zip(data.sources, paths, strict=True)
         if path.stat().st_size
     ]
