@@ -20,7 +20,7 @@ def build(folder: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
     from transformers.initialization import no_init_weights
 
-    from maese.model.load import EMBEDDED, quiet
+    from maese.model.load import quiet, resolve
 
     quiet()
     config = GPT2Config(
@@ -36,7 +36,7 @@ def build(folder: Path) -> None:
             parameter.fill_(1.0) if ".ln_" in name and name.endswith("weight") else parameter.normal_(0, 0.02)
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder)
-    for path in EMBEDDED.glob("tokenizer*"):
+    for path in resolve("embedded").glob("tokenizer*"):
         shutil.copy(path, folder)
 
 

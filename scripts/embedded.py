@@ -1,11 +1,12 @@
-"""Measure the model that `maese train scripts/embedded.yaml` made, and put it into the package.
+"""Measure the model that scripts/embedded.yaml and its two followers made, and put it into the package.
 
-    python scripts/embedded.py measure build/embedded/run/pretrain/final     bits per byte on the five held-out texts
-    python scripts/embedded.py measure build/embedded/first --as first       the edition before it, for comparison
-    python scripts/embedded.py install build/embedded/run/pretrain/final     weights in bf16, card, manifest
+    python scripts/embedded.py measure build/embedded/first --as first          the edition before, for comparison
+    python scripts/embedded.py measure build/embedded/end/final --as base       bits per byte, minimal pairs, speed
+    python scripts/embedded.py measure build/embedded/instruct/final --as instruct --talks
+    python scripts/embedded.py install                                          weights in bf16, cards, manifest
 
 In: build/embedded/ as scripts/embedded_corpus.py and the training left it. Out: build/embedded/scores-NAME.json, and
-src/maese/embedded/. Every figure of the card is read from what was measured, with the weights as they are shipped.
+src/maese/embedded/. Every figure of the cards is read from what was measured, with the weights as they are shipped.
 """
 
 from __future__ import annotations
@@ -16,46 +17,56 @@ import shutil
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 from maese.generate.engine import Writer
-from maese.recipe import Generate
-from maese.report.facts import facts
+from maese.recipe import INSIDE, Generate
 from maese.run import Run
 
 BUILD = Path("build/embedded")
-PACKAGE = Path("src/maese/embedded")
 SETS = ("authors", "centuries", "technical", "sentences", "instructions")
 CONTEXT = 512
+ASKED = 200  # held-out instructions that are answered
+SHOWN = 12
 
 
-def held(name: str) -> list[str]:
-    """The texts of a held-out set; of an instruction, the answer alone is measured, after its question."""
+def held(name: str) -> list[dict]:
     return [json.loads(line) for line in (BUILD / "held" / f"{name}.jsonl").read_text("utf-8").splitlines()]
 
 
-def rows_of(name: str, tokenizer, template: str) -> list:
-    """Examples to measure on: windows that overlap by half, so that each token counts once, with enough before it."""
+def question(row: dict) -> str:
+    return "\n".join(part for part in (row["instruction"], row.get("input", "")) if part)
+
+
+def rows_of(name: str, tokenizer: Any, talks: bool) -> list:
+    """Examples to measure on: windows that overlap by half, so that each token counts once, with enough before it.
+
+    Of an instruction only the answer counts: after the template's marks in a model that talks, after a new line in one
+    that continues prose, which is how it read them.
+    """
     from maese.evaluate.ability import whole_text
     from maese.text.record import Conversation, Message
     from maese.tokens.settle import pieces
-    from maese.tokens.template import open_template
+    from maese.tokens.template import Example, encode, open_template
 
+    if name != "instructions":
+        whole = (whole_text(tokenizer, row["text"]) for row in held(name))
+        return [piece for one in whole for piece in pieces(one, CONTEXT, CONTEXT // 2)]
     found = []
-    if name == "instructions":
-        renderer = open_template(template, tokenizer)
-        for i, row in enumerate(held(name)):
-            asked = "\n".join(part for part in (row["instruction"], row.get("input", "")) if part)
-            talk = Conversation((Message("user", asked), Message("assistant", row["output"])), str(i))
-            example = renderer.render(talk)
-            found += [example] if len(example) <= CONTEXT else []
-        return found
     for row in held(name):
-        found += pieces(whole_text(tokenizer, row["text"]), CONTEXT, CONTEXT // 2)
+        if talks:
+            talk = Conversation((Message("user", question(row)), Message("assistant", row["output"])), "")
+            example = open_template("maese", tokenizer).render(talk)
+        else:
+            before = [tokenizer.bos_token_id, *encode(tokenizer, question(row) + "\n")]
+            answer = encode(tokenizer, row["output"])
+            example = Example(before + answer, [0] * len(before) + [1] * len(answer))
+        found += [example] if len(example) <= CONTEXT else []
     return found
 
 
-def measure(args) -> dict:
-    """Bits per byte on every set, minimal pairs, and the speed of writing."""
+def measure(args: argparse.Namespace) -> None:
+    """Bits per byte on every set, minimal pairs, the speed of writing and, of one that talks, how it answers."""
     from maese.evaluate.ability import bits_per_byte, minimal_pairs
     from maese.generate.engine import open_folder
 
@@ -64,18 +75,38 @@ def measure(args) -> dict:
         parameter.data = parameter.data.bfloat16().float()
     scores: dict = {"parameters": sum(p.numel() for p in model.parameters()), "bits_per_byte": {}}
     for name in SETS:
-        found = bits_per_byte(model, tokenizer, rows_of(name, tokenizer, args.template))
+        found = bits_per_byte(model, tokenizer, rows_of(name, tokenizer, args.talks))
         scores["bits_per_byte"][name] = {"value": found.per_byte, "bytes": found.bytes, "tokens": found.tokens}
         print(f"{name:13} {found.per_byte:.4f} bits per byte, {found.bytes:,} bytes", flush=True)
     scores["pairs"] = minimal_pairs(model, tokenizer)
     print({kind: f"{right}/{n}" for kind, (right, n) in scores["pairs"].items()})
     scores["tokens_s"] = speed(model, tokenizer)
     print(f"writes {scores['tokens_s']:.0f} tokens a second")
-    (BUILD / f"scores-{args.name}.json").write_text(json.dumps(scores, indent=1), encoding="utf-8")
-    return scores
+    if args.talks:
+        scores["answers"] = talk(model, tokenizer)
+    (BUILD / f"scores-{args.name}.json").write_text(json.dumps(scores, indent=1, ensure_ascii=False), "utf-8")
 
 
-def speed(model, tokenizer) -> float:
+def talk(model: Any, tokenizer: Any) -> dict:
+    """How it answers the first held-out instructions, and in what language where Spanish is what was asked for."""
+    from maese.evaluate.ability import answers
+    from maese.text.language import language_of
+
+    asked = held("instructions")[:ASKED]
+    writer = Writer(model, tokenizer, Generate(max_new_tokens=200), "messages", "maese")
+    found = answers(writer, [question(row) for row in asked])
+    both = [(language_of(row["output"]), language_of(said)) for row, said in zip(asked, found.said, strict=True)]
+    told = [ours for right, ours in both if right == "es" and ours is not None]
+    result = {
+        "asked": found.asked, "ended": found.ended, "told": len(told), "spanish": told.count("es"),
+        "said": [row | {"said": said} for row, said in zip(asked, found.said, strict=True)],
+        "exact": sum(row["output"].strip() == said.strip() for row, said in zip(asked, found.said, strict=True)),
+    }  # fmt: skip
+    print({key: value for key, value in result.items() if key != "said"})
+    return result
+
+
+def speed(model: Any, tokenizer: Any) -> float:
     """Tokens a second written one at a time, the median of five goes of 60."""
     writer = Writer(model, tokenizer, Generate(max_new_tokens=60))
     found = []
@@ -86,35 +117,21 @@ def speed(model, tokenizer) -> float:
     return statistics.median(found)
 
 
-def card(model, tokenizer) -> str:
-    """The model card, every figure in it read from what was measured and from the runs' own events."""
-    first, second = (json.loads((BUILD / f"scores-{name}.json").read_text()) for name in ("first", "second"))
-    manifest = json.loads((BUILD / "manifest.json").read_text())
-    runs = [Run(BUILD / "run" / "pretrain"), Run(BUILD / "end")]
-    trained = [facts(run) for run in runs]
-    rows = []
-    for name, now in second["bits_per_byte"].items():
-        was, value = first["bits_per_byte"][name]["value"], now["value"]
-        change = es(100 * (value / was - 1), 1)
-        rows.append(f"| {WHAT[name]} | {es(now['bytes'])} | {es(was, 3)} | {es(value, 3)} | {change} % |")
-    licenses = "\n".join(
-        f"| {KINDS[kind]} | {license} | {es(size / 1e6, 1)} |"
-        for kind, found in manifest["licenses"].items()
-        for license, size in found.items()
-    )
-    right, asked = (sum(n[i] for n in second["pairs"].values()) for i in (0, 1))
-    writer = Writer(model, tokenizer, Generate(max_new_tokens=40, temperature=0.8))
-    config = model.config
-    return CARD.format(
-        parameters=f"{second['parameters']:,}", parametros=es(second["parameters"]), layers=config.num_hidden_layers,
-        width=config.hidden_size, heads=config.num_attention_heads, context=CONTEXT, vocabulary=es(len(tokenizer)),
-        tokens=es(sum(f["tokens"] for f in trained) / 1e6, 1), steps=es(sum(f["steps"] for f in trained)),
-        hours=es(sum(f["seconds"] for f in trained) / 3600, 1), sets="\n".join(rows), licenses=licenses, right=right,
-        asked=asked,
-        works=len(manifest["works"]), speed=es(second["tokens_s"]),
-        bpb=f"{second['bits_per_byte']['authors']['value']:.3f}",
-        samples="\n\n".join(f"> **{start}**{writer.generate(start, seed=1605).text}" for start in STARTS),
-    )  # fmt: skip
+def trained() -> dict[str, float]:
+    """What the weights that ship have read: the checkpoint the end began from, not all that its run went on to do."""
+    end = Run(BUILD / "end")
+    last = int(str(end.recipe().base).rsplit("-", 1)[-1])
+    total = {"tokens": 0.0, "steps": 0.0, "seconds": 0.0}
+    for run, until in ((Run(BUILD / "run" / "pretrain"), last), (end, 1 << 30)):
+        for name, value in read_by(run, until).items():
+            total[name] += value
+    return total
+
+
+def read_by(run: Run, until: int) -> dict[str, float]:
+    """Tokens, steps and seconds of a training up to a step."""
+    steps = [event for event in run.history() if event["type"] == "step" and event["step"] <= until]
+    return {"tokens": sum(e["tokens"] for e in steps), "steps": len(steps), "seconds": steps[-1]["seconds"]}
 
 
 def es(value: float, decimals: int = 0) -> str:
@@ -122,6 +139,61 @@ def es(value: float, decimals: int = 0) -> str:
     return f"{value:,.{decimals}f}".translate(str.maketrans(",.", ".,"))
 
 
+def sets(first: dict, second: dict) -> str:
+    rows = []
+    for name, now in second["bits_per_byte"].items():
+        was, value = first["bits_per_byte"][name]["value"], now["value"]
+        change = es(100 * (value / was - 1), 1).replace("-", "−")
+        rows.append(f"| {WHAT[name]} | {es(now['bytes'])} | {es(was, 3)} | {es(value, 3)} | {change} % |")
+    return "\n".join(rows)
+
+
+def read_scores(name: str) -> dict:
+    return json.loads((BUILD / f"scores-{name}.json").read_text("utf-8"))
+
+
+def base_card(model: Any, tokenizer: Any) -> str:
+    """The card of the model that continues prose: what was measured, and what its runs' events say."""
+    first, base, manifest = read_scores("first"), read_scores("base"), json.loads((BUILD / "manifest.json").read_text())
+    licenses = "\n".join(
+        f"| {KINDS[kind]} | {license} | {es(size / 1e6, 1)} |"
+        for kind, found in manifest["licenses"].items()
+        for license, size in found.items()
+    )
+    writer, config, read = Writer(model, tokenizer, Generate(max_new_tokens=40)), model.config, trained()
+    return CARD.read_text("utf-8").format(
+        parameters=f"{base['parameters']:,}", parametros=es(base["parameters"]), layers=config.num_hidden_layers,
+        width=config.hidden_size, heads=config.num_attention_heads, context=CONTEXT, vocabulary=es(len(tokenizer)),
+        tokens=es(read["tokens"] / 1e6, 1), steps=es(read["steps"]), hours=es(read["seconds"] / 3600, 1),
+        sets=sets(first, base), licenses=licenses, right=sum(n[0] for n in base["pairs"].values()),
+        asked=sum(n[1] for n in base["pairs"].values()), works=len(manifest["works"]), speed=es(base["tokens_s"]),
+        bpb=f"{base['bits_per_byte']['authors']['value']:.3f}",
+        samples="\n\n".join(f"> **{start}**{writer.generate(start, seed=1605).text}" for start in STARTS),
+    )  # fmt: skip
+
+
+def instruct_card(model: Any, tokenizer: Any) -> str:
+    """The card of the one that answers, with the first held-out instruction of each kind, as it answered it."""
+    base, scores = read_scores("base"), read_scores("instruct")
+    found = scores["answers"]
+    kinds = {row["tarea"]: row for row in reversed(found["said"])}
+    writer = Writer(model, tokenizer, Generate(temperature=0.0), "messages", "maese")
+    own = [{"instruction": text, "said": writer.generate(text).text} for text in GREETINGS]
+    shown = [*own, *list(kinds.values())[: SHOWN - len(own)]]
+    was, now = (some["bits_per_byte"]["instructions"]["value"] for some in (base, scores))
+    read = read_by(Run(BUILD / "instruct"), 1 << 30)
+    return INSTRUCT_CARD.read_text("utf-8").format(
+        parameters=f"{scores['parameters']:,}", steps=es(read["steps"]), was=es(was, 3), now=es(now, 3),
+        tokens=es(read["tokens"] / 1e6, 1), minutes=es(read["seconds"] / 60),
+        change=es(100 * (now / was - 1), 1).replace("-", "−"), sets=sets(base, scores),
+        asked=found["asked"], ended=es(100 * found["ended"] / found["asked"], 1), told=found["told"],
+        spanish=es(100 * found["spanish"] / max(1, found["told"]), 1), exact=found["exact"],
+        samples="\n\n".join(f"> **{question(row)}**\n>\n> {row['said']}".replace("\n\n", "\n") for row in shown),
+    )  # fmt: skip
+
+
+ROOT = Path(__file__).parent
+CARD, INSTRUCT_CARD = ROOT / "embedded-card.md", ROOT / "embedded-instruct-card.md"
 WHAT = {
     "authors": "obras de ocho autores que no ha leído", "centuries": "obras de los siglos XVI y XVII, que no ha leído",
     "technical": "documentación técnica de hoy", "sentences": "oraciones sueltas de hoy",
@@ -132,81 +204,30 @@ KINDS = {
     "laws": "leyes de Argentina y Uruguay", "bible": "Reina-Valera 1909", "instructions": "instrucciones",
 }  # fmt: skip
 STARTS = ("La noche", "El capitán", "Para instalar el programa", "Mi hermana")
-CARD = """---
-language: es
-license: mit
-pipeline_tag: text-generation
----
-# El modelo incluido en maese, segunda edición
-
-*In English: a {parameters}-parameter Qwen3-type model trained from scratch on two CPU cores, on Spanish literature
-in the public domain (Cervantes left out), technical documentation, sentences, laws and instructions. It continues
-text; what it says is not true. {bpb} bits per byte on works by eight authors it never read.*
-
-Un modelo pequeño de español para empezar sin descargar nada. Continúa texto; no sabe hechos.
-
-| | |
-|---|---|
-| arquitectura | la de Qwen3: {layers} capas, {width} de ancho, {heads} cabezas, contexto de {context} tokens |
-| parámetros | {parametros} (pesos en bf16) |
-| tokenizador | BPE de bytes, {vocabulary} tokens |
-| entrenado con | {tokens} M de tokens en {steps} pasos, con Muon y AdamW |
-| coste | {hours} h en 2 núcleos de CPU, compartidos con otro trabajo |
-| velocidad | {speed} tokens por segundo al escribir, con un núcleo |
-| receta | `scripts/embedded_corpus.py`, `scripts/embedded.yaml`, `scripts/embedded-end.yaml` |
-
-## Qué tan bien predice lo que no ha leído
-
-Bits por byte (menos es mejor), con los pesos tal como se incluyen; ventanas de {context} tokens que avanzan de
-media en media.
-
-| datos apartados | bytes | primera edición | esta | cambio |
-|---|---|---|---|---|
-{sets}
-
-Pares mínimos de `evaluate/pairs.toml`: prefiere la oración correcta en {right} de {asked}.
-
-## Ejemplos, sin escoger
-
-{samples}
-
-## Datos
-
-{works} obras de literatura, de cada autor 0,5 MB como mucho (0,12 de las que tienen la ortografía de antes de
-1911), y lo de la tabla. Fuera: Cervantes, las obras que comparten más de 20 series de ocho palabras con el Quijote,
-los autores apartados y los anteriores a 1700. Todo, con autor, licencia y SHA-256, en `manifest.json`. Las obras
-con licencia CC-BY o CC-BY-SA se atribuyen a sus autores, que allí se nombran.
-
-| clase | licencia | MB |
-|---|---|---|
-{licenses}
-
-## Límites
-
-Es muy pequeño y ha leído poco: pierde el hilo en una o dos oraciones, inventa nombres y hechos, y mezcla la
-ortografía de hoy con la de antes. La literatura de los siglos XVIII a XX trae las ideas de su tiempo sobre mujeres,
-pueblos y religiones, y el modelo puede repetirlas. No sirve para informarse ni para decidir nada. Licencia de los
-pesos: MIT.
-"""
+GREETINGS = ("Hola", "¿Quién eres?", "¿Quién ganó el mundial de fútbol de 2030?")
 
 
-def install(args) -> None:
-    """Copy a model into the package, its weights in bf16, with its card."""
+def install(_args: argparse.Namespace) -> None:
+    """Copy both models into the package, their weights in bf16, each with its card."""
     import torch
 
     from maese.model.load import load_model, load_tokenizer
 
-    model, tokenizer = load_model(args.model), load_tokenizer(args.model)
-    text = card(model, tokenizer)
-    for path in PACKAGE.iterdir():
-        path.unlink()
-    (PACKAGE / "MODEL_CARD.md").write_text(text, encoding="utf-8")
-    model.to(torch.bfloat16).save_pretrained(PACKAGE, safe_serialization=True)
-    tokenizer.save_pretrained(PACKAGE)
-    shutil.copy(BUILD / "manifest.json", PACKAGE)
-    for path in PACKAGE.iterdir():
+    shutil.rmtree(INSIDE["embedded"])
+    for name, made, card in (("embedded", "end", base_card), ("embedded-instruct", "instruct", instruct_card)):
+        folder = INSIDE[name]
+        model, tokenizer = (opened(BUILD / made / "final") for opened in (load_model, load_tokenizer))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "MODEL_CARD.md").write_text(card(model, tokenizer), encoding="utf-8")
+        model.to(torch.bfloat16).save_pretrained(folder, safe_serialization=True)
+        tokenizer.save_pretrained(folder)
+    scores = {name: read_scores(name) for name in ("first", "base", "instruct")}
+    (INSIDE["embedded"] / "scores.json").write_text(json.dumps(scores, indent=1, ensure_ascii=False), encoding="utf-8")
+    shutil.copy(BUILD / "manifest.json", INSIDE["embedded"])
+    files = [path for path in INSIDE["embedded"].rglob("*") if path.is_file()]
+    for path in files:
         path.chmod(0o644)  # safetensors writes for its owner alone
-    print(f"{PACKAGE}: {sum(p.stat().st_size for p in PACKAGE.iterdir()) / 1e6:.1f} MB")
+    print(f"{INSIDE['embedded']}: {sum(path.stat().st_size for path in files) / 1e6:.1f} MB")
 
 
 def main() -> None:
@@ -214,12 +235,10 @@ def main() -> None:
     stages = parser.add_subparsers(required=True)
     stage = stages.add_parser("measure")
     stage.add_argument("model", type=Path)
-    stage.add_argument("--as", dest="name", default="second")
-    stage.add_argument("--template", default="maese")
+    stage.add_argument("--as", dest="name", required=True, choices=("first", "base", "instruct"))
+    stage.add_argument("--talks", action="store_true", help="it was taught to answer, with maese's template")
     stage.set_defaults(run=measure)
-    stage = stages.add_parser("install")
-    stage.add_argument("model", type=Path)
-    stage.set_defaults(run=install)
+    stages.add_parser("install").set_defaults(run=install)
     args = parser.parse_args()
     args.run(args)
 

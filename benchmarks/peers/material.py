@@ -62,7 +62,7 @@ def made_up(path: Path, rows: int = 6000) -> Path:
 
 def tokenizer(size: str, data: str | None, source: Path, folder: Path) -> str:
     """Put a tokenizer in the folder of a model; says which. Ids beyond it are weights that no row names."""
-    from maese.model.load import EMBEDDED
+    from maese.model.load import resolve
     from maese.tokens.train import train_tokenizer
 
     original = Path(data or "") / "tokenizers" / "gpt2"
@@ -77,7 +77,7 @@ def tokenizer(size: str, data: str | None, source: Path, folder: Path) -> str:
         train_tokenizer(texts, SIZES[size]["vocab_size"], folder)
         return "trained on these instructions (16,384)"
     folder.mkdir(parents=True, exist_ok=True)
-    for path in EMBEDDED.glob("tokenizer*"):
+    for path in resolve("embedded").glob("tokenizer*"):
         shutil.copy(path, folder)
     return "the embedded one (8,192)"
 

@@ -29,6 +29,11 @@ FALSE_FRIENDS = {
     "gradient_accumulation_steps": "train.accumulation", "num_train_epochs": "train.epochs", "r": "method.rank",
     "lora_r": "method.rank", "lora_alpha": "method.alpha", "lora_dropout": "method.dropout", "model": "base",
 }  # fmt: skip
+# The models that travel with the package: one that continues prose, and the same one taught to answer.
+INSIDE = {
+    "embedded": Path(__file__).parent / "embedded",
+    "embedded-instruct": Path(__file__).parent / "embedded" / "instruct",
+}
 TEXTS = ("name", "base", "path", "output", "hub", "part", "group", "template", "map", "where")
 Share = Annotated[float, Field(strict=True, ge=0, le=0.9)]
 Count = Annotated[int, Field(strict=True, ge=1)]
@@ -131,7 +136,7 @@ class Generate(Strict):
 
 class Recipe(Strict):
     name: Annotated[str, Field(pattern=r"^[\w][\w.-]*$", max_length=60)]
-    base: str = "embedded"  # embedded | a folder | a hub id, with @revision if wanted
+    base: str = "embedded"  # embedded | embedded-instruct | a folder | a hub id, with @revision if wanted
     data: Data
     method: Method = Method()
     train: Train = Train()

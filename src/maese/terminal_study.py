@@ -25,7 +25,7 @@ def architectures(
     quiet: int = 0,
 ) -> Path:  # fmt: skip
     """Train an encoder and a decoder on texts, measure both, and write their page; returns the folder of it all."""
-    from maese.model.load import EMBEDDED, load_tokenizer
+    from maese.model.load import load_tokenizer, resolve
     from maese.report.architectures import table, write
     from maese.train.architectures import Study, study
 
@@ -42,7 +42,7 @@ def architectures(
             talk(say("architectures.step", kind=say(f"architectures.{kind}"), step=step, steps=steps))
 
     texts = [text for path in sources for text in _texts(path)]
-    found = study(texts, labelled, load_tokenizer(EMBEDDED), Study(steps=steps), tell=tell)
+    found = study(texts, labelled, load_tokenizer(resolve("embedded")), Study(steps=steps), tell=tell)
     write_whole(folder / "architectures.json", jsons.dumps(found, ensure_ascii=False, indent=1))
     page = write(found, folder)
     if not json:

@@ -234,7 +234,8 @@ def open_folder(folder: Path, base: str | None = None) -> tuple[Any, Any]:
 
 
 def _as_run(what: str) -> runs.Run | None:
-    if what == "embedded" or (Path(what) / "config.json").is_file() or (Path(what) / "adapter_config.json").is_file():
+    inside = ("config.json", "adapter_config.json")
+    if what in recipes.INSIDE or any((Path(what) / name).is_file() for name in inside):
         return None
     try:
         return runs.find(what)

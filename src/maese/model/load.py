@@ -1,4 +1,4 @@
-"""From the name of a base to a model and its tokenizer: `embedded`, a folder, or a hub id.
+"""From the name of a base to a model and its tokenizer: one of the package's, a folder, or a hub id.
 
     folder = resolve("embedded")
     model, tokenizer = load_model(folder), load_tokenizer(folder)
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from maese.errors import MaeseError
+from maese.recipe import INSIDE
 from maese.say import say
 
-EMBEDDED = Path(__file__).parent.parent / "embedded"
 UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 # `gpt2-xl`, `owner/name`, either with `@revision`.
 HUB_ID = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*(@[\w./-]+)?")
@@ -34,14 +34,14 @@ def resolve(base: str) -> Path:
     Before the network is used, that is said aloud. Errors: MODEL-01 (not found, or no network), MODEL-02 (the hub
     asks for permission), MODEL-03 (only unsafe formats).
     """
-    if base == "embedded":
-        return EMBEDDED
+    if base in INSIDE:
+        return INSIDE[base]
     folder = Path(base).expanduser()
     if folder.is_dir():
         return folder
     nearest = _nearest(folder)
     # «embeded» is a slip of the hand, not a model to be asked for on the network.
-    slip = "/" not in base and difflib.get_close_matches(base, ["embedded"], cutoff=0.7)
+    slip = "/" not in base and difflib.get_close_matches(base, INSIDE, cutoff=0.7)
     if slip or not HUB_ID.fullmatch(base):
         raise MaeseError("MODEL-01", base=base, reason=say("model.no_folder"), nearest=nearest)
     return _from_hub(base, nearest)

@@ -10,7 +10,7 @@ from typing import Any
 
 from maese.model.adapter import ABOUT
 from maese.model.load import weights_hash
-from maese.recipe import Recipe
+from maese.recipe import INSIDE, Recipe
 from maese.run import disk, sync
 from maese.tokens.template import Renderer
 
@@ -57,7 +57,7 @@ def _save_weights(model: Any, folder: Path, recipe: Recipe, base: Path, weights:
         model.save_pretrained(folder, safe_serialization=True, **({"state_dict": weights} if weights else {}))
     except SafetensorError as problem:  # it wraps the system's own words about a full disk
         raise OSError(28, str(problem)) from problem
-    in_folder = recipe.base != "embedded" and Path(recipe.base).expanduser().is_dir()
+    in_folder = recipe.base not in INSIDE and Path(recipe.base).expanduser().is_dir()
     about = {
         "base": str(base.absolute()) if in_folder else recipe.base,
         "base_sha256": weights_hash(base),
@@ -70,7 +70,7 @@ def _save_weights(model: Any, folder: Path, recipe: Recipe, base: Path, weights:
         path = folder / "adapter_config.json"
         config = json.loads(path.read_text("utf-8"))
         name, _, revision = recipe.base.partition("@")
-        here = in_folder or recipe.base == "embedded"
+        here = in_folder or recipe.base in INSIDE
         config["base_model_name_or_path"] = str(base.absolute()) if here else name
         config["revision"] = revision or None if not here else None
         path.write_text(json.dumps(config, ensure_ascii=False, indent=1, sort_keys=True), encoding="utf-8")

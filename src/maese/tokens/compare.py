@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from maese.errors import MaeseError
+from maese.recipe import INSIDE
 from maese.say import has, number, percent, quantity, say
 from maese.tokens.encode import byte_letters
 
-EMBEDDED = Path(__file__).parent.parent / "embedded"
 SAMPLES = Path(__file__).parent / "samples.toml"
 # The two files of a byte-level BPE before tokenizer.json: as GPT-2 was published, and as transformers kept them.
 PAIRS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
@@ -57,7 +57,7 @@ def open_tokenizer(name: str) -> Any:
 
     Specials are spelt out when they are typed. Errors: TOKEN-05 (nothing there that is a tokenizer).
     """
-    path = EMBEDDED if name == "embedded" else Path(name).expanduser()
+    path = INSIDE[name] if name in INSIDE else Path(name).expanduser()
     try:
         tokenizer = _open(path)
     except Exception as problem:  # a damaged file raises whatever the reader of its format raises
