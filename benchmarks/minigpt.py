@@ -106,12 +106,14 @@ def sooner(modern: dict, classic: dict) -> float | None:
 
 
 def table(runs: list[dict]) -> str:
+    from peers.meter import versions
     from trainers import machine
 
     lines = [
         f"- {SHAPE['layers']} layers of {SHAPE['width']}, {SHAPE['vocabulary']} tokens, rows of {SHAPE['context']};"
         f" {runs[0]['curve'][-1]['tokens']:,} tokens read once, {runs[0]['steps']} steps of {ROWS} rows",
         f"- {machine('cpu')}",
+        "- " + ", ".join(f"{name} {version}" for name, version in sorted(versions().items())),
         "",
         "| recipe | seed | parameters | rate | tokens/s | seconds | bits per byte | against classic | as good after |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -71,22 +71,45 @@ def test_two_equal_sides_are_an_error(recipe, method):
     assert problem.value.code == "COMPARE-01" and not (run.path / "compare.json").exists()
 
 
-def test_the_embedded_model_is_what_its_card_says():
+@pytest.mark.parametrize(("name", "measured"), [("embedded", "base"), ("embedded-instruct", "instruct")])
+def test_a_model_of_the_package_is_what_its_card_says(name, measured):
     import json
 
-    model = load.load_model(load.EMBEDDED)
+    folder = load.resolve(name)
+    model, tokenizer = load.load_model(folder), load.load_tokenizer(folder)
+    scores = json.loads((load.resolve("embedded") / "scores.json").read_text("utf-8"))
+    card = (folder / "MODEL_CARD.md").read_text("utf-8")
     every, _ = parameters(model)
-    assert 8e6 <= every <= 15e6
+    assert every == scores[measured]["parameters"] and f"{every:,}" in card
+    for found in scores[measured]["bits_per_byte"].values():
+        assert f"{found['value']:.3f}".replace(".", ",") in card
     assert load.context_of(model) == 512
-    size = sum(p.stat().st_size for p in load.EMBEDDED.iterdir())
-    assert size <= 40e6
-    card = (load.EMBEDDED / "MODEL_CARD.md").read_text("utf-8")
-    scores = json.loads((load.EMBEDDED / "scores.json").read_text("utf-8"))
-    assert f"{scores['bits_per_byte']:.3f}" in card
-    tokenizer = load.load_tokenizer(load.EMBEDDED)
+    assert (tokenizer.chat_template is not None) == (name == "embedded-instruct")
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     text = "En un lugar de la Mancha, «¿qué?» ñandú 🐤\n\n  fin"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_the_models_of_the_package_fit_in_it_and_the_second_beats_the_first():
+    import json
+
+    folder = load.resolve("embedded")
+    assert sum(path.stat().st_size for path in folder.rglob("*.safetensors")) <= 48e6
+    first, base, instruct = json.loads((folder / "scores.json").read_text("utf-8")).values()
+    was, now = ({k: v["value"] for k, v in some["bits_per_byte"].items()} for some in (first, base))
+    assert len(was) == 5 and all(now[kind] <= 0.95 * was[kind] for kind in was)
+    answers = instruct["answers"]
+    assert answers["asked"] == 200 and answers["ended"] >= 190
+    assert answers["told"] >= 30 and answers["spanish"] >= 0.98 * answers["told"]
+    assert instruct["bits_per_byte"]["instructions"]["value"] <= 0.9 * now["instructions"]
+
+
+def test_the_model_that_answers_says_who_it_is_and_stops():
+    from maese.generate.engine import open_writer
+
+    writer = open_writer("embedded-instruct")
+    answer = writer.generate("¿Quién eres?", temperature=0.0, repetition_penalty=1.0)
+    assert answer.reason == "end" and "maese" in answer.text
 
 
 def test_an_index_that_points_at_a_pickle_is_refused(tiny, tmp_path):
