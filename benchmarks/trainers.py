@@ -342,6 +342,18 @@ Not measured yet.
 <!-- minigpt -->
 Not measured yet.
 <!-- /minigpt -->
+
+## The models inside the package: `python benchmarks/embedded.py --write`
+
+<!-- embedded -->
+Not measured yet.
+<!-- /embedded -->
+
+## An encoder and a decoder: `python benchmarks/architectures.py --text … --labels … --write`
+
+<!-- architectures -->
+Not measured yet.
+<!-- /architectures -->
 """
 
 

@@ -205,7 +205,8 @@ QUESTIONS = (
     "Hola", "¿Quién eres?", "¿Quién ganó el partido de anoche?", "Traduce al inglés: La puerta está abierta.",
     "Corrige la ortografía de esta oración.\nayer fuimos a el mercado y compre naranjas",
     "¿Qué sinónimos tiene «alegre»?", "Escribe una oración sobre la lluvia.", "¿Cuál es la capital de Mongolia?",
-    "¿Qué significa el refrán «A quien madruga, Dios le ayuda»?", "¿Cómo cuento las líneas de un archivo en la terminal?",
+    "¿Qué significa el refrán «A quien madruga, Dios le ayuda»?",
+    "¿Cómo cuento las líneas de un archivo en la terminal?",
 )  # fmt: skip
 
 

@@ -30,7 +30,9 @@ def architectures(
     from maese.train.architectures import Study, study
 
     sources = paths or [*SAMPLES]
-    labelled = _classes(labels, column) if labels else [(t, Path(path).stem) for path in SAMPLES for t in _texts(path)]
+    labelled = (
+        classes(labels, column) if labels else [(t, Path(path).stem) for path in SAMPLES for t in whole_texts(path)]
+    )
     if len({label for _, label in labelled}) < 2:
         raise MaeseError("DATA-23", column=column, where=str(labels), known="—")
     folder = output or _dated("architectures")
@@ -41,7 +43,7 @@ def architectures(
         if not quiet and not json and (step % 50 == 0 or step == steps):
             talk(say("architectures.step", kind=say(f"architectures.{kind}"), step=step, steps=steps))
 
-    texts = [text for path in sources for text in _texts(path)]
+    texts = [text for path in sources for text in whole_texts(path)]
     found = study(texts, labelled, load_tokenizer(resolve("embedded")), Study(steps=steps), tell=tell)
     write_whole(folder / "architectures.json", jsons.dumps(found, ensure_ascii=False, indent=1))
     page = write(found, folder)
@@ -51,12 +53,12 @@ def architectures(
     return folder
 
 
-def _texts(path: str) -> list[str]:
+def whole_texts(path: str) -> list[str]:
     """Whole texts of a source: a conversation is its turns, one after another."""
     return ["\n".join(texts_of(item)) for item in open_source(Source(path=path))]
 
 
-def _classes(path: str, column: str) -> list[tuple[str, str]]:
+def classes(path: str, column: str) -> list[tuple[str, str]]:
     """First turns with the value of a column. Error: DATA-23 (it is not there)."""
     return [
         (texts_of(item)[0], group_of(item, column)) for item in itertools.islice(open_source(Source(path=path)), MOST)
