@@ -183,7 +183,7 @@ class Room:
         last = self.chat.last
         page = Page(self.live)
         if last and not self.json:
-            page.begin(say("chat.base") + " ", last.prompt if last.writer.format == "text" else "")
+            page.begin(f"{say('chat.base')}> ", last.prompt if last.writer.format == "text" else "")
         exchange, answer, prints = self.chat.on_base(None if self.json else page.write)
         page.end()
         self.about(exchange.prompt, answer, exchange.settings)
@@ -203,7 +203,7 @@ class Room:
         self.say(say("chat.next", n=len(shown)))
         for place in shown:
             mark = f"{texts[place.token]:<{ALTERNATIVE}} {percent(place.chance, 1):>7}  "
-            best = [f"{texts[token]} {percent(chance, 1)}" for token, chance in place.best]
+            best = [f"{texts[token]}\u00a0{percent(chance, 1)}" for token, chance in place.best]
             if self.json:
                 facts = {"token": place.token, "p": place.chance, "best": place.best}
                 sys.stdout.write(jsons.dumps(facts) + "\n")
@@ -238,11 +238,11 @@ def columns() -> int:
 
 
 def fold(text: str, indent: str = "") -> str:
-    """The text in lines no wider than the terminal, cut between the parts « · » separates, or between words."""
+    """The text in lines no wider than the terminal, cut between words; what a no-break space joins stays together."""
     width, lines = columns(), []
     for line in text.splitlines():
         now = ""
-        for piece in re.split(r"(?<= · )|(?<=\s)(?=\S)", line):
+        for piece in re.split(r"(?<=[ \t])(?=[^ \t])", line):
             if now.strip() and len(now) + len(piece.rstrip()) > width:
                 lines.append(now.rstrip())
                 now = indent
@@ -268,8 +268,8 @@ class Page:
         if not self.width:
             self._put(before + piece)
             return
-        for part in re.split(r"(\s)", before + piece):
-            if part.isspace():
+        for part in re.split(r"([ \t\n])", before + piece):
+            if part in (" ", "\t", "\n"):
                 self._flush()
                 self._put("\n" if part == "\n" else part if self.column < self.width else "")
             else:

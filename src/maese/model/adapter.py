@@ -83,6 +83,8 @@ def attach(model: Any, folder: Path, base: Path, name: str | None = None) -> Any
         # One of many waits in the bits it was saved in: see voices.speaking.
         if isinstance(model, PeftModel):
             model.load_adapter(str(folder), name, torch_device=str(model.device))
+            # Tokens of its own would be at work already, whoever speaks.
+            model.set_adapter(model.active_adapter, inference_mode=True)
         else:
             model = PeftModel.from_pretrained(model, str(folder), name)
         _narrow(model, folder, name)
