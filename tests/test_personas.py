@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from pathlib import Path
 
 import pytest
+from conftest import make_model, make_voice
 
 from maese.errors import MaeseError
 from maese.generate import personas
@@ -18,7 +17,7 @@ from maese.generate.personas import open_company
 from maese.model import adapter, load
 from maese.model.fingerprint import fingerprint
 from maese.model.voices import BASE, mixes, speaking
-from maese.recipe import INSIDE, Generate, Method
+from maese.recipe import INSIDE, Generate
 from maese.text.record import Message
 
 VOICES = {"ana": "Eres Ana.", "blas": "Eres Blas.", "carla": "Eres Carla."}
@@ -26,22 +25,6 @@ TEN = [
     "¿Qué es una pila?", "¿Y una cola?", "¿Quién eres?", "Hola", "¿Cuánto es 2 más 2?", "Cuéntame algo", "¿Por qué?",
     "Ordena 3, 1, 2", "¿Qué es un árbol?", "Adiós",
 ]  # fmt: skip
-
-
-def make_voice(folder: Path, base: Path, seed: int = 1, rank: int = 2, targets="all-linear", **about) -> Path:
-    """A random adapter over a base, as a training leaves it: `about` goes to its notes."""
-    import torch
-
-    torch.manual_seed(seed)
-    model = adapter.add_lora(load.load_model(base), Method(kind="lora", rank=rank, targets=targets))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.5)
-    model.save_pretrained(folder)
-    load.load_tokenizer(base).save_pretrained(folder)
-    notes = {"base": str(base), "base_sha256": load.weights_hash(base), "name": folder.name, "format": "qa"}
-    (folder / adapter.ABOUT).write_text(json.dumps(notes | about), encoding="utf-8")
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -342,7 +325,5 @@ def test_a_base_that_was_moved(here, tiny):
     assert problem.value.code == "ADAPT-04" and problem.value.facts == {"path": "voz", "base": str(here / "base")}
     assert "--persona voz" in str(problem.value)
     assert open_company("otra", ["voz"]).guests[0].generate("Hola", max_new_tokens=2).persona == "voz"
-    with pytest.raises(MaeseError, match="ADAPT-01"):
-        from tests.conftest import make_model  # the same shape, other weights
-
+    with pytest.raises(MaeseError, match="ADAPT-01"):  # the same shape, other weights
         open_company(str(make_model(here / "ajena", seed=9)), ["voz"])

@@ -68,7 +68,7 @@ class Room:
 
     def hear(self) -> str | None:
         """The next line, or None when the person leaves: Ctrl+C leaves a line half typed, and twice the chat."""
-        for _ in range(2):
+        for last in (False, True):
             try:
                 return input(say("chat.you") if self.typed else "").strip()
             except EOFError:
@@ -77,7 +77,8 @@ class Room:
                 return None
             except KeyboardInterrupt:
                 sys.stderr.write("\n")
-                self.say(say("chat.again"))
+                if not last:
+                    self.say(say("chat.again"))
         return None
 
     def do(self, line: str) -> None:

@@ -66,7 +66,7 @@ def find(what: str) -> Persona:
     except MaeseError:
         mine = sorted({_plain_name(path.parts[1]) for path in Path("runs").glob("*/final/adapter_config.json")})
         known = [*shipped(), *mine]
-        near = difflib.get_close_matches(what, known, n=1, cutoff=0) or ["embedded"]
+        near = difflib.get_close_matches(what, known, n=1, cutoff=0) or ["socratico"]
         raise MaeseError("PERSONA-01", name=what, known=", ".join(known) or "—", nearest=near[0]) from None
     if not run.final.is_dir():
         raise MaeseError("RUN-05", run=str(run.path))

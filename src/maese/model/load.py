@@ -178,7 +178,8 @@ def quiet() -> None:
 
     talk.set_verbosity_error()
     talk.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    for name in ("accelerate", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(peft|torch|transformers|accelerate)(\..*)?")
 
 
