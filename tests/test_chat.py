@@ -84,7 +84,7 @@ def test_data_comes_out_as_json(talk):
     out, said = talk("Hola", "/clear", "/ask-all Hola", "/next 2", top=("--json",))
     rows = [json.loads(line) for line in out.splitlines()]
     assert [row.get("persona") for row in rows] == ["ana", "ana", "blas", None, None] and said == ""
-    assert rows[0]["text"] == rows[1]["text"] and rows[3]["p"] == pytest.approx(rows[3]["best"][0][1], abs=1e-6)
+    assert rows[0]["text"] == rows[1]["text"] and len(rows[3]["best"]) == 5 and rows[3]["token"]
 
 
 def test_next_shows_five_for_each_token(talk, chat):

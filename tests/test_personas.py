@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 
@@ -240,6 +241,9 @@ def test_a_run_keeps_its_voice_and_is_a_personality(recipe, questions, tiny):
 
     asked = ["method.kind=lora", "data.sources=[{path: preguntas.txt}]", "data.format=qa", "data.max_length=96"]
     run = train(recipe(*asked, "data.too_long=error", "generate.system=Cuentas despacio.", "output=runs/cuentas"))
+    told = [event["text"] for event in run.events() if event["type"] == "sample" and event["final"]]
+    own, mute = (open_writer(run).generate("En un lugar", **more).text for more in ({}, {"system": ""}))
+    assert told == [own] != [mute], "the samples on the way hear the voice too"
     about = adapter.about_adapter(run.final)
     assert about["name"] == "prueba" and about["generate"]["system"] == "Cuentas despacio."
     assert about["examples"] == ["En un lugar"] and about["format"] == "qa"
@@ -279,7 +283,10 @@ def test_those_of_the_package_are_found_by_name_and_offered_where_they_fit(
         shutil.copytree(folder, tmp_path / folder.name)
         for path in (tmp_path / folder.name).glob("tokenizer*"):
             path.unlink()  # theirs is that of the base
+        notes = adapter.about_adapter(folder) | {"template": "plain"}
+        (tmp_path / folder.name / adapter.ABOUT).write_text(json.dumps(notes), encoding="utf-8")
     monkeypatch.setattr(personas, "PERSONAS", tmp_path)
+    assert open_company(str(tiny), ["ana"]).guests[0].format == "messages"
     assert personas.shipped() == personas.fitting(tiny) == [*VOICES] and personas.fitting(tiny_llama) == []
     chat = Chat(open_company(str(tiny), ["blas"]))
     key, facts = chat.command("/persona")

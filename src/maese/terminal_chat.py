@@ -200,14 +200,16 @@ class Room:
         shown = places[: int(count)] if count.isdigit() else places
         ids = [token for place in shown for token, _ in ((place.token, 0.0), *place.best)]
         pieces = mask_pieces(Example(ids, [0] * len(ids)), tokenizer)
-        texts = {token: shorten(piece["text"], ALTERNATIVE) for token, piece in zip(ids, pieces, strict=True)}
+        whole = {token: piece["text"] for token, piece in zip(ids, pieces, strict=True)}
+        texts = {token: shorten(text, ALTERNATIVE) for token, text in whole.items()}
         self.say(say("chat.next", n=len(shown)))
         for place in shown:
             mark = f"{texts[place.token]:<{ALTERNATIVE}} {percent(place.chance, 1):>7}  "
             best = [f"{texts[token]}\u00a0{percent(chance, 1)}" for token, chance in place.best]
             if self.json:
-                facts = {"token": place.token, "p": place.chance, "best": place.best}
-                sys.stdout.write(jsons.dumps(facts) + "\n")
+                facts = {"token": whole[place.token], "p": place.chance}
+                facts["best"] = [{"token": whole[token], "p": chance} for token, chance in place.best]
+                sys.stdout.write(jsons.dumps(facts, ensure_ascii=False) + "\n")
             else:
                 line = mark + " · ".join(best)
                 sys.stdout.write((fold(line, " " * len(mark)) if self.live else line) + "\n")

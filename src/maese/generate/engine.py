@@ -23,7 +23,7 @@ from maese.model import adapter, load
 from maese.model.fingerprint import fingerprint
 from maese.model.voices import speaking
 from maese.text.record import Message
-from maese.tokens.template import Renderer, encode, open_template, opening
+from maese.tokens.template import TEMPLATES, Renderer, encode, open_template, opening
 
 # Up to this size one row of one token is bound by memory, not by arithmetic: a second thread gains 5 % on a quiet
 # machine (161 against 151 tokens/s, 8.5 M parameters, two cores) and loses 40 to 90 % of the speed when anything else
@@ -200,9 +200,12 @@ def folder_writer(model: Any, tokenizer: Any, folder: Path) -> Writer:
     """A writer as the folder itself says it writes: its own notes where there are some, its template if it has one."""
     about = adapter.about_adapter(folder)
     known = {key: value for key, value in about.get("generate", {}).items() if key in recipes.Generate.model_fields}
-    # A model that carries a template was taught to converse by it, unless what it was fed was plain text.
-    talks = getattr(tokenizer, "chat_template", None) is not None and about.get("format") != "text"
-    kind = ("messages", "model") if talks else ("text", "plain")
+    # A model that carries a template was taught to converse by it, unless what it was fed was plain text; an adapter
+    # that brings no tokenizer names its template.
+    carried = getattr(tokenizer, "chat_template", None) is not None
+    template = "model" if carried else about.get("template")
+    talks = about.get("format") != "text" and (carried or template in TEMPLATES)
+    kind = ("messages", str(template)) if talks else ("text", "plain")
     writer = Writer(model, tokenizer, recipes.Generate(), *kind, name=about.get("name", ""))
     writer.settings = writer.with_settings(known)
     return writer

@@ -66,6 +66,7 @@ def _save_weights(model: Any, folder: Path, recipe: Recipe, base: Path, weights:
         # Who it is when it speaks: its name, what it was fed, its voice and way of writing, and what to ask it first.
         "name": recipe.name,
         "format": recipe.data.format,
+        "template": recipe.data.template,
         "generate": recipe.generate.model_dump(),
         "examples": list(recipe.eval.prompts),
     }
