@@ -127,3 +127,24 @@ def recipe(here, tiny, book):
         return recipes.load(path, changes)
 
     return build
+
+
+def make_voice(folder: Path, base: Path, seed: int = 1, rank: int = 2, targets="all-linear", **about) -> Path:
+    """A random adapter over a base, as a training leaves it: `about` goes to its notes."""
+    import json
+
+    import torch
+
+    from maese.model import adapter, load
+    from maese.recipe import Method
+
+    torch.manual_seed(seed)
+    model = adapter.add_lora(load.load_model(base), Method(kind="lora", rank=rank, targets=targets))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(folder)
+    load.load_tokenizer(base).save_pretrained(folder)
+    notes = {"base": str(base), "base_sha256": load.weights_hash(base), "name": folder.name, "format": "qa"}
+    (folder / adapter.ABOUT).write_text(json.dumps(notes | about), encoding="utf-8")
+    return folder

@@ -10,6 +10,7 @@ from maese.errors import MaeseError
 from maese.generate import sentences
 from maese.generate.chat import Chat
 from maese.generate.engine import Writer, open_writer, stream_ids
+from maese.generate.personas import open_company
 from maese.generate.sample import probabilities
 from maese.recipe import Generate
 
@@ -217,9 +218,8 @@ def test_sentences_of_spanish_prose(text, expected):
 
 
 def test_chat_keeps_the_window_by_dropping_whole_turns(tiny):
-    writer = open_writer(str(tiny))
-    writer.format = "qa"
-    chat = Chat(writer, max_new_tokens=8, temperature=0)
+    chat = Chat(open_company(str(tiny)), max_new_tokens=8, temperature=0)
+    chat.writer.format = "qa"
     for i in range(12):
         chat.reply(f"¿Cuánto es {i}?")
     assert chat.dropped > 0 and chat.dropped % 2 == 0
@@ -227,9 +227,9 @@ def test_chat_keeps_the_window_by_dropping_whole_turns(tiny):
 
 
 def test_chat_commands(tiny, here):
-    chat = Chat(open_writer(str(tiny)), max_new_tokens=4)
+    chat = Chat(open_company(str(tiny)), max_new_tokens=4)
     assert chat.command("/temperature 0,5") == ("chat.set", {"name": "temperature", "value": "0.5"})
-    assert chat.command("/temperature") == ("chat.now", {"name": "temperature", "value": "0.5"})
+    assert chat.command("/temperature") == ("chat.set", {"name": "temperature", "value": "0.5"})
     with pytest.raises(MaeseError, match="USE-03"):
         chat.command("/top_p 7")
     assert chat.settings["temperature"] == 0.5 and "top_p" not in chat.settings

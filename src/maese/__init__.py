@@ -7,8 +7,8 @@
 The river: folders are what the data is now, files are the step that moves it on, and imports flow one way:
 
     errors, say -> recipe, run, pipeline -> text -> tokens -> plan -> model -> generate -> evaluate -> train
-    -> report -> stages, live, terminal, terminal_data, terminal_tokens, terminal_stages, terminal_study, spoken,
-    cli_data, cli
+    -> report -> stages, live, terminal, terminal_data, terminal_tokens, terminal_stages, terminal_study,
+    terminal_chat, spoken, cli_data, cli_use, cli
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from maese.generate.engine import Writer
+    from maese.generate.personas import Company
     from maese.recipe import Recipe
     from maese.run import Run
 
 __version__ = "0.1.0"
-__all__ = ["MaeseError", "load", "train"]
+__all__ = ["MaeseError", "company", "load", "train"]
 
 
 def load(what: str | Run) -> Writer:
@@ -31,6 +32,16 @@ def load(what: str | Run) -> Writer:
     from maese.generate.engine import open_writer
 
     return open_writer(what)
+
+
+def company(what: str | Run, *personas: str) -> Company:
+    """A model and personalities over its base: `company("embedded-instruct", "socratico").ask_all("¿Qué es?")`.
+
+    Each is one of the package's, a run with an adapter, or the folder of one; the base is in memory once.
+    """
+    from maese.generate.personas import open_company
+
+    return open_company(what, personas)
 
 
 class _Train(ModuleType):

@@ -16,6 +16,7 @@ import click
 
 from maese import __version__
 from maese.cli_data import data, inspect, tokenizer
+from maese.cli_use import chat, generate, settings_of, writing_options
 from maese.errors import MaeseError, UsageError
 from maese.say import catalogue, language, say
 from maese.spoken import Group, usage_error
@@ -214,59 +215,8 @@ def runs(ctx: click.Context) -> None:
     terminal.list_runs(**ctx.obj)
 
 
-def writing_options(command: Any) -> Any:
-    """The ways of writing, the same for `generate`, `chat` and `compare`."""
-    for option in reversed(
-        [
-            click.option("--max-new-tokens", type=int, metavar="N", help=say("cli.write.max_new_tokens")),
-            click.option("--temperature", type=float, metavar="N", help=say("cli.write.temperature")),
-            click.option("--greedy", is_flag=True, help=say("cli.write.greedy")),
-            click.option("--top-k", type=int, metavar="N", help=say("cli.write.top_k")),
-            click.option("--top-p", type=float, metavar="N", help=say("cli.write.top_p")),
-            click.option("--repetition-penalty", type=float, metavar="N", help=say("cli.write.repetition_penalty")),
-            click.option("--sentences", type=int, metavar="N", help=say("cli.write.sentences")),
-            click.option("--stop", multiple=True, metavar=say("cli.metavar.text"), help=say("cli.write.stop")),
-            click.option("--seed", type=int, metavar="N", help=say("cli.write.seed")),
-        ]
-    ):
-        command = option(command)
-    return command
-
-
-def _settings(greedy: bool, stop: tuple[str, ...], **given: Any) -> dict[str, Any]:
-    """Only what was asked for, so that the recipe decides the rest."""
-    chosen = {key: value for key, value in given.items() if value is not None}
-    return chosen | ({"temperature": 0.0} if greedy else {}) | ({"stop": list(stop)} if stop else {})
-
-
-@cli.command(help=say("cli.generate.help"))
-@click.argument("model", metavar=say("cli.metavar.model"))
-@click.argument("prompt", metavar=say("cli.metavar.prompt"))
-@click.option("--base", is_flag=True, help=say("cli.generate.base"))
-@writing_options
-@click.pass_context
-def generate(ctx: click.Context, model: str, prompt: str, base: bool, **given: Any) -> None:
-    from maese import terminal
-
-    settings = _settings(**given)
-    if prompt == "-":
-        prompt = sys.stdin.read().rstrip("\n")
-    from maese.generate.engine import open_writer
-
-    terminal.answer(open_writer(model, base), prompt, settings, **ctx.obj)
-
-
-@cli.command(help=say("cli.chat.help"))
-@click.argument("model", metavar=say("cli.metavar.model"))
-@writing_options
-@click.pass_context
-def chat(ctx: click.Context, model: str, **given: Any) -> None:
-    from maese import terminal
-
-    settings = _settings(**given)
-    from maese.generate.engine import open_writer
-
-    terminal.chat(open_writer(model), model, settings)
+cli.add_command(generate)
+cli.add_command(chat)
 
 
 @cli.command(help=say("cli.compare.help"))
@@ -279,7 +229,7 @@ def compare(ctx: click.Context, run: str, prompts: tuple[str, ...], class_sheet:
     from maese import run as runs
     from maese import terminal
 
-    settings = _settings(**given)
+    settings = settings_of(**given)
     found = runs.find(run)
     from maese.evaluate.compare import compare as both
     from maese.report import class_sheet as sheet

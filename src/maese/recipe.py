@@ -34,7 +34,7 @@ INSIDE = {
     "embedded": Path(__file__).parent / "embedded",
     "embedded-instruct": Path(__file__).parent / "embedded" / "instruct",
 }
-TEXTS = ("name", "base", "path", "output", "hub", "part", "group", "template", "map", "where")
+TEXTS = ("name", "base", "path", "output", "hub", "part", "group", "template", "map", "where", "system")
 Share = Annotated[float, Field(strict=True, ge=0, le=0.9)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 
@@ -130,6 +130,7 @@ class Generate(Strict):
     top_p: Annotated[float, Field(strict=True, gt=0, le=1)] = 0.95
     repetition_penalty: Annotated[float, Field(strict=True, ge=1, le=5)] = 1.1
     sentences: Count | None = None  # exactly so many, when given
+    system: str | None = None  # the voice: said before a conversation that has no system message of its own
     stop: list[Annotated[str, Field(min_length=1)]] = []
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 42
 

@@ -1,4 +1,4 @@
-"""What the commands say when they have done: samples, comparisons, chat, and the next useful command."""
+"""What the commands say when they have done: samples, comparisons, and the next useful command."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from maese.live import shorten, watcher
 from maese.run import Run, first_process
 from maese.say import duration, number, percent, say
 
-__all__ = ["answer", "chat", "close", "comparison", "demo_verdict", "list_runs", "talk", "watcher", "write_papers"]
+__all__ = ["answer", "answers", "close", "comparison", "demo_verdict", "list_runs", "talk", "watcher", "write_papers"]
 
 
 def talk(text: str, json: bool = False, quiet: int = 0) -> None:
@@ -132,76 +132,54 @@ def answer(writer: Any, prompt: str, settings: dict[str, Any], json: bool = Fals
         sys.stdout.write(prompt if writer.format == "text" else "")
     result = writer.generate(prompt, on_text=_show if live else None, **settings)
     if json:
-        facts = {"prompt": prompt, **{k: getattr(result, k) for k in result.__dataclass_fields__}}
-        sys.stdout.write(jsons.dumps(facts, ensure_ascii=False) + "\n")
+        sys.stdout.write(jsons.dumps({"prompt": prompt} | result.facts(), ensure_ascii=False) + "\n")
         return
     if not live:
         sys.stdout.write((prompt if writer.format == "text" else "") + result.text)
     sys.stdout.write("\n")
     sys.stdout.flush()
-    if chosen.sentences and result.reason != "sentences":
-        talk(say("generate.not_so_many", wanted=chosen.sentences, n=result.sentences), quiet=quiet)
-    talk(say("generate.footer", tokens=result.tokens, speed=number(result.tokens / max(1e-6, result.seconds), 0),
-             seconds=duration(result.seconds), seed=result.seed, how=_how(chosen)), quiet=quiet)  # fmt: skip
+    for line in (*fewer(result, chosen), footer(result, chosen)):
+        talk(line, quiet=quiet)
 
 
-def chat(writer: Any, name: str, settings: dict[str, Any]) -> None:
-    """A conversation until `/exit` or the end of the input. Ctrl+C stops the answer, not the chat."""
-    from maese.errors import MaeseError
-    from maese.generate.chat import Chat
-
-    conversation = Chat(writer, **settings)
-    talk(say("chat.hello" if writer.format != "text" else "chat.hello_text", name=name))
-    while True:
-        try:
-            line = input(say("chat.you") if sys.stdin.isatty() else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            break
-        if line in ("/exit", "/quit", "/salir"):
-            break
-        if line in ("/help", "/?", "/ayuda"):
-            talk(say("chat.help"))
-            continue
-        if line == "/retry":
-            line = conversation.take_back() or ""
-            conversation.settings["seed"] = writer.with_settings(conversation.settings).seed + 1
-        elif line.startswith("/"):
-            try:
-                key, facts = conversation.command(line)
-                talk(say(key, **facts))
-            except MaeseError as problem:
-                talk(str(problem))
-            continue
-        if line:
-            _turn(conversation, line)
-
-
-def _turn(conversation: Any, line: str) -> None:
-    from maese.errors import MaeseError
-
-    if conversation.writer.format == "text":
-        _show(line)
-    try:
-        result = conversation.reply(line, on_text=_show)
-    except KeyboardInterrupt:
-        sys.stdout.write("\n")
-        talk(say("chat.stopped"))
+def answers(
+    company: Any, prompt: str, base: bool, settings: dict[str, Any], json: bool = False, quiet: int = 0
+) -> None:
+    """What the personalities that were asked for write after a prompt: several in one batch, each with its name."""
+    writers = company.guests or [company.writers[company.main]]
+    if base:  # their words and ways, without what they learnt
+        writers = [company.base(writer) or writer for writer in writers]
+    if len(writers) == 1:
+        answer(writers[0], prompt, settings, json, quiet)
         return
-    except MaeseError as problem:
-        talk(str(problem))
-        return
-    sys.stdout.write("\n")
-    sys.stdout.flush()
-    if conversation.dropped:
-        talk(say("chat.dropped", n=conversation.dropped // 2))
-    chosen = conversation.writer.with_settings(conversation.settings)
-    if chosen.sentences and result.reason != "sentences":
-        talk(say("generate.not_so_many", wanted=chosen.sentences, n=result.sentences))
-    talk(say("generate.footer", tokens=result.tokens, speed=number(result.tokens / max(1e-6, result.seconds), 0),
-             seconds=duration(result.seconds), seed=result.seed, how=_how(chosen)))  # fmt: skip
+    for writer, result in zip(writers, company.ask_all(prompt, of=writers, **settings), strict=True):
+        chosen = writer.with_settings(settings)
+        if json:
+            sys.stdout.write(jsons.dumps({"prompt": prompt} | result.facts(), ensure_ascii=False) + "\n")
+            continue
+        begun = prompt if writer.format == "text" else ""
+        sys.stdout.write(f"{result.persona or say('chat.base')}> {begun}{result.text}\n")
+        sys.stdout.flush()
+        for line in (*fewer(result, chosen), footer(result, chosen)):
+            talk(line, quiet=quiet)
 
 
-def _how(settings: Any) -> str:
+def fewer(result: Any, settings: Any) -> list[str]:
+    """That there are not so many sentences as were asked for, if so it is."""
+    if not settings.sentences or result.reason == "sentences":
+        return []
+    return [say("generate.not_so_many", wanted=settings.sentences, n=result.sentences)]
+
+
+def footer(result: Any, settings: Any) -> str:
+    """The line below an answer: «socratico · 84 tokens · 31 tokens/s · 2,7 s · semilla 42 · T=0,7 top-k=50»."""
+    speed = number(result.tokens / max(1e-6, result.seconds), 0)
+    facts = {"tokens": result.tokens, "speed": speed, "seconds": duration(result.seconds), "seed": result.seed}
+    line = say("generate.footer", **facts, how=how(settings))
+    return f"{result.persona} · {line}" if result.persona else line
+
+
+def how(settings: Any) -> str:
     if settings.temperature == 0:
         return say("generate.greedy")
     return f"T={number(settings.temperature, 1)} top-k={settings.top_k} top-p={number(settings.top_p, 2)}"

@@ -14,6 +14,7 @@ from maese.errors import MaeseError
 from maese.generate.engine import Writer, open_folder, open_writer
 from maese.model import adapter, load
 from maese.model.fingerprint import fingerprint, untouched
+from maese.recipe import Generate
 from maese.run import Run
 
 
@@ -34,7 +35,8 @@ def compare(
     with untouched(before.model):
         print_before = fingerprint(before.model)
     print_after = fingerprint(after.model)
-    difference = max(logit_difference(before, after, prompt) for prompt in prompts)
+    chosen = after.with_settings(settings)
+    difference = max(logit_difference(before, after, prompt, chosen) for prompt in prompts)
     if difference == 0 or print_before == print_after:
         raise MaeseError("COMPARE-01", run=str(run.path), fingerprint=print_after[:12])
 
@@ -48,7 +50,6 @@ def compare(
         pairs.append({"prompt": prompt, "before": old.text, "after": new.text, "sentences": counts})
         if on_pair:
             on_pair(pairs[-1])
-    chosen = after.with_settings(settings)
     result = {
         "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "base": recipe.base,
@@ -63,11 +64,11 @@ def compare(
     return result
 
 
-def logit_difference(before: Writer, after: Writer, prompt: str) -> float:
+def logit_difference(before: Writer, after: Writer, prompt: str, settings: Generate) -> float:
     """The largest absolute difference between the logits of the two sides over a prompt."""
     import torch
 
-    ids = after.prompt_ids(prompt)
+    ids = after.prompt_ids(prompt, (), settings)
     if len(ids) >= load.context_of(after.model):
         raise MaeseError("GEN-01", tokens=len(ids), longest=load.context_of(after.model))
     with torch.inference_mode():

@@ -64,8 +64,11 @@ def linear_names(model: Any) -> set[str]:
     }
 
 
-def attach(model: Any, folder: Path, base: Path) -> Any:
-    """The model with the adapter of a folder. Errors: ADAPT-01 (trained over other weights), MODEL-03 (unsafe file)."""
+def attach(model: Any, folder: Path, base: Path, name: str | None = None) -> Any:
+    """The model with the adapter of a folder, frozen, beside those it has already if it is given a `name` of its own.
+
+    Errors: ADAPT-01 (trained over other weights), MODEL-03 (unsafe file).
+    """
     quiet()
     from peft import PeftModel
 
@@ -75,9 +78,32 @@ def attach(model: Any, folder: Path, base: Path) -> Any:
         )
     check_base(folder, base)
     try:
-        return PeftModel.from_pretrained(model, str(folder)).eval()
+        if name is None:
+            return PeftModel.from_pretrained(model, str(folder)).eval()
+        # One of many waits in the bits it was saved in: see voices.speaking.
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), name, torch_device=str(model.device))
+            # Tokens of its own would be at work already, whoever speaks.
+            model.set_adapter(model.active_adapter, inference_mode=True)
+        else:
+            model = PeftModel.from_pretrained(model, str(folder), name)
+        _narrow(model, folder, name)
+        return model.requires_grad_(False).eval()
     except RuntimeError as problem:  # shapes that do not fit: an adapter of another architecture without our notes
         raise MaeseError("ADAPT-01", adapter=str(folder), expected="—", found=str(base)) from problem
+
+
+def _narrow(model: Any, folder: Path, name: str) -> None:
+    """Put an adapter that PEFT widened to fp32 back into the bits of its file: no value changes."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        kinds = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118  # it is no dict
+    dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(kinds.pop()) if len(kinds) == 1 else None
+    for path, parameter in model.named_parameters():
+        if dtype and ".lora_" in path and f".{name}." in path:
+            parameter.data = parameter.data.to(dtype)
 
 
 def check_base(folder: Path, base: Path) -> None:

@@ -11,35 +11,52 @@ from typing import Any
 
 
 def fingerprint(model: Any) -> str:
-    """SHA-256 of the active weights, names and shapes included; adapters count only while they are switched on."""
+    """SHA-256 of the active weights, names and shapes included; of the adapters, those that are switched on."""
     import torch
 
     digest = hashlib.sha256()
-    adapters = adapters_on(model)
+    speaking = _speaking(model)
     named = (
-        (name.replace("base_model.model.", "").replace(".base_layer", ""), p) for name, p in model.named_parameters()
+        (_own(name.replace("base_model.model.", "").replace(".base_layer", ""), speaking), p)
+        for name, p in model.named_parameters()
     )
-    for name, parameter in sorted(named, key=lambda pair: pair[0]):
-        if "lora_" in name and not adapters:
-            continue
+    for name, parameter in sorted((pair for pair in named if pair[0]), key=lambda pair: pair[0]):
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
         raw = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
         digest.update(memoryview(raw.numpy()))
     return digest.hexdigest()
 
 
+def _own(name: str, speaking: set[str]) -> str:
+    """The name of a weight without that of its adapter, so that one adapter is the same under any; empty: it is off."""
+    before, mark, after = name.partition(".lora_")
+    kind, _, rest = after.partition(".")
+    adapter, _, leaf = rest.partition(".")
+    if mark and adapter not in speaking:
+        return ""
+    return f"{before}{mark}{kind}.{leaf}" if mark else name
+
+
+def _speaking(model: Any) -> set[str]:
+    """The adapters that are changing the model's output now."""
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    return {name for layer in layers if not layer.disable_adapters for name in layer.active_adapters}
+
+
 def adapters_on(model: Any) -> bool:
     """Whether any adapter of the model is changing its output now."""
-    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
-    return any(not module.disable_adapters and module.active_adapters for module in layers)
+    return bool(_speaking(model))
 
 
 @contextlib.contextmanager
 def untouched(model: Any):
     """The base under the adapters, for as long as the block lasts."""
     if hasattr(model, "disable_adapter"):
+        frozen = not any(p.requires_grad for p in model.parameters())
         with model.disable_adapter():
             yield model
+        if frozen:  # putting them back on, PEFT has them train
+            model.requires_grad_(False)
     else:
         yield model
 

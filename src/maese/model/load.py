@@ -15,6 +15,7 @@ import logging
 import re
 import sys
 import warnings
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +165,14 @@ def context_of(model: Any) -> int:
 
 def weights_hash(folder: Path) -> str:
     """SHA-256 of the weight files of a base: what an adapter belongs to."""
+    return _hash(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in weight_files(folder)))
+
+
+@lru_cache
+def _hash(files: tuple[tuple[Path, int, int], ...]) -> str:
+    # Kept while the files are the same: each of many adapters asks it of one base, which may weigh gigabytes.
     digest = hashlib.sha256()
-    for path in weight_files(folder):
+    for path, _, _ in files:
         with open(path, "rb") as file:
             while chunk := file.read(1 << 24):
                 digest.update(chunk)
@@ -178,7 +185,8 @@ def quiet() -> None:
 
     talk.set_verbosity_error()
     talk.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    for name in ("accelerate", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(peft|torch|transformers|accelerate)(\..*)?")
 
 

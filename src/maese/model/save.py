@@ -63,6 +63,12 @@ def _save_weights(model: Any, folder: Path, recipe: Recipe, base: Path, weights:
         "base_sha256": weights_hash(base),
         "method": recipe.method.kind,
         "recipe": recipe.name,
+        # Who it is when it speaks: its name, what it was fed, its voice and way of writing, and what to ask it first.
+        "name": recipe.name,
+        "format": recipe.data.format,
+        "template": recipe.data.template,
+        "generate": recipe.generate.model_dump(),
+        "examples": list(recipe.eval.prompts),
     }
     (folder / ABOUT).write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
     if recipe.method.kind == "lora":

@@ -1,0 +1,336 @@
+"""Personalities: many adapters over one base, each row its own; who answers is who it says; the chat keeps its word."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+
+import pytest
+from conftest import make_model, make_voice
+
+from maese.errors import MaeseError
+from maese.generate import personas
+from maese.generate.batch import write_many
+from maese.generate.chat import Chat
+from maese.generate.engine import Writer, open_writer
+from maese.generate.personas import open_company
+from maese.model import adapter, load
+from maese.model.fingerprint import fingerprint
+from maese.model.voices import BASE, mixes, speaking
+from maese.recipe import INSIDE, Generate
+from maese.text.record import Message
+
+VOICES = {"ana": "Eres Ana.", "blas": "Eres Blas.", "carla": "Eres Carla."}
+TEN = [
+    "¿Qué es una pila?", "¿Y una cola?", "¿Quién eres?", "Hola", "¿Cuánto es 2 más 2?", "Cuéntame algo", "¿Por qué?",
+    "Ordena 3, 1, 2", "¿Qué es un árbol?", "Adiós",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def voices(tmp_path_factory, tiny, tiny_llama):
+    """Three adapters over each tiny model, of ranks 2, 3 and 4, the second of them only in a part of the matrices."""
+    found = {}
+    for kind, base, part in (("gpt2", tiny, ["c_attn"]), ("llama", tiny_llama, ["q_proj", "up_proj"])):
+        for i, (name, system) in enumerate(VOICES.items()):
+            writing = Generate(system=system, max_new_tokens=12, temperature=0).model_dump()
+            more = {"targets": part} if i == 1 else {}
+            folder = tmp_path_factory.mktemp(kind) / name
+            make_voice(folder, base, i, i + 2, **more, generate=writing, examples=[f"Hola, {name}"])
+            found.setdefault(kind, []).append(folder)
+    return found
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def base(request, tiny, tiny_llama):
+    return {"gpt2": tiny, "llama": tiny_llama}[request.param]
+
+
+@pytest.fixture
+def company(base, voices, tiny):
+    """Three who talk over one base; the tiny tokenizers carry no template, so their format is set here."""
+    found = open_company(str(base), [str(folder) for folder in voices["gpt2" if base == tiny else "llama"]])
+    for writer in found.writers.values():
+        writer.format, writer.template = "qa", "plain"
+    return found
+
+
+def logits(model, ids):
+    import torch
+
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor(ids), use_cache=False).logits
+
+
+def test_each_voice_gives_what_it_gives_alone(base, voices, tiny):
+    import torch
+    from peft import PeftModel
+
+    folders = voices["gpt2" if base == tiny else "llama"]
+    ids = [[46, 80, 71, 67], [9, 8, 7, 6], [40, 50, 60, 70], [5, 5, 5, 9]]
+    model, alone = load.load_model(base), {BASE: load.load_model(base)}
+    for folder in folders:
+        model = adapter.attach(model, folder, base, folder.name)
+        alone[folder.name] = PeftModel.from_pretrained(load.load_model(base), str(folder)).eval()
+    mixed = ["carla", BASE, "ana", "blas"]
+    assert mixes(model, mixed)
+    with speaking(model, mixed):
+        together = logits(model, ids)
+    for i, name in enumerate(mixed):
+        expected = logits(alone[name], [ids[i]])[0]
+        assert torch.allclose(together[i], expected, atol=1e-5), name
+        with speaking(model, [name]):
+            assert torch.allclose(logits(model, [ids[i]])[0], expected, atol=1e-5), name
+            assert fingerprint(model) == fingerprint(alone[name])
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_ten_questions_to_three_personalities(company):
+    """Labels and weights, not taste: who is said to have answered is the one whose weights were at work."""
+    prints = {name: writer.fingerprint() for name, writer in company.writers.items()}
+    assert len({*prints.values()}) == 4
+    said = {name: [] for name in VOICES}
+    for question in TEN:
+        answers = company.ask_all(question)
+        assert [answer.persona for answer in answers] == [*VOICES]
+        for answer in answers:
+            said[answer.persona].append(answer.text)
+            alone = company.writers[answer.persona].generate(question)
+            assert (alone.text, alone.persona) == (answer.text, answer.persona)
+    assert len({tuple(texts) for texts in said.values()}) == 3
+    assert prints == {name: writer.fingerprint() for name, writer in company.writers.items()}
+
+
+@pytest.mark.parametrize("how", [{"temperature": 0.0}, {"temperature": 1.0, "top_k": 0, "top_p": 1.0}])
+def test_a_batch_says_what_each_says_alone(company, how):
+    """Prompts of several lengths, one voice twice, the base among them; each draws as if it were alone."""
+    names = ["ana", company.main, "carla", "ana"]
+    writers = [company.writers[name] for name in names]
+    asked = ["Hola", "¿Y por qué no ha de ser así, señor mío?", "¿Qué?", "Uno dos tres cuatro"]
+    settings = [w.with_settings(how | {"seed": i, "max_new_tokens": 8 + 5 * i}) for i, w in enumerate(writers)]
+    rows = [w.prompt_ids(text, (), s) for w, text, s in zip(writers, asked, settings, strict=True)]
+    heard: dict[int, str] = {}
+    ended: list[int] = []
+    answers = write_many(
+        writers,
+        rows,
+        settings,
+        lambda i, piece: heard.update({i: heard.get(i, "") + piece}),
+        lambda i, _: ended.append(i),
+    )
+    for i, (writer, text, s, answer) in enumerate(zip(writers, asked, settings, answers, strict=True)):
+        alone = writer.generate(text, **s.model_dump())
+        assert (answer.ids, answer.text, answer.reason) == (alone.ids, alone.text, alone.reason), i
+        assert heard.get(i, "") == answer.text
+    assert sorted(ended) == [0, 1, 2, 3]
+
+
+def test_a_batch_refuses_what_does_not_fit_and_ends_by_its_marks(company):
+    with pytest.raises(MaeseError, match="GEN-01"):
+        company.ask_all("hola " * 200)
+    long = company.ask_all("Hola", max_new_tokens=1000)
+    assert all(answer.reason in ("context", "end") for answer in long)
+    letter = next(c for c in long[0].text if c.strip())
+    assert company.ask_all("Hola", max_new_tokens=1000, stop=[letter])[0].reason == "stop"
+
+
+def test_adapters_that_are_more_than_lora_are_written_one_after_another(tiny, tmp_path, voices):
+    """DoRA and added tokens are PEFT's own affair: they are asked alone, and say what they say alone."""
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    for name, more in {"dora": {"use_dora": True}, "marcas": {"trainable_token_indices": [5, 46, 80]}}.items():
+        config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, **more)
+        model = get_peft_model(load.load_model(tiny), config)
+        for path, parameter in model.named_parameters():
+            if "lora_B" in path or "trainable_tokens" in path:
+                torch.nn.init.normal_(parameter, std=0.5)
+        model.save_pretrained(tmp_path / name)
+        load.load_tokenizer(tiny).save_pretrained(tmp_path / name)
+        company = open_company(str(tiny), [str(voices["gpt2"][0]), str(tmp_path / name)])
+        writers = company.personas
+        assert not mixes(company.model, [writer.voice for writer in writers])
+        answers = company.ask_all("Hola", temperature=0.0, max_new_tokens=10)
+        assert [a.ids for a in answers] == [w.generate("Hola", temperature=0.0, max_new_tokens=10).ids for w in writers]
+        for folder, writer, answer in zip((voices["gpt2"][0], tmp_path / name), writers, answers, strict=True):
+            alone = PeftModel.from_pretrained(load.load_model(tiny), str(folder)).eval()
+            bare = Writer(alone, writer.tokenizer, Generate(temperature=0, max_new_tokens=10))
+            assert answer.ids == bare.generate("Hola").ids, name
+
+
+def test_a_family_that_keeps_no_cache_is_written_row_by_row(tiny):
+    import torch
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+    model = MambaForCausalLM(MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2, **ends)).eval()
+    writer = Writer(model, load.load_tokenizer(tiny), Generate(temperature=0, max_new_tokens=6))
+    rows = [writer.prompt_ids(text) for text in ("Hola", "En un lugar de la")]
+    answers = write_many([writer] * 2, rows, [writer.settings] * 2)
+    assert [a.ids for a in answers] == [writer.generate(text).ids for text in ("Hola", "En un lugar de la")]
+
+
+# Memory and time
+
+
+def tensor_bytes(model) -> int:
+    return sum({p.data_ptr(): p.numel() * p.element_size() for p in model.parameters() if p.numel()}.values())
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """The packaged model with eight adapters of the size that those of the package have, in bf16 as they travel."""
+    from safetensors.torch import load_file, save_file
+
+    folder = make_voice(tmp_path_factory.mktemp("voz") / "una", INSIDE["embedded"], rank=8)
+    path = folder / "adapter_model.safetensors"
+    save_file({key: value.bfloat16() for key, value in load_file(path).items()}, path, metadata={"format": "pt"})
+    model = load.load_model(INSIDE["embedded"])
+    alone = tensor_bytes(model)
+    for i in range(8):
+        model = adapter.attach(model, folder, INSIDE["embedded"], f"v{i}")
+    return model, alone
+
+
+def test_the_memory_of_a_base_and_eight_adapters(eight):
+    import torch
+
+    model, alone = eight
+    kinds = {p.dtype for name, p in model.named_parameters() if ".lora_" in name}
+    assert kinds == {torch.bfloat16}
+    assert alone < tensor_bytes(model) <= 1.15 * alone
+
+
+def test_switching_takes_no_time_and_reads_nothing(eight, monkeypatch):
+    model, _ = eight
+    before = {name: p.data_ptr() for name, p in model.named_parameters()}
+    monkeypatch.setattr(adapter, "attach", None)
+    taken = []
+    for name in ("v0", "v5", BASE, "v0", "v7"):
+        began = time.perf_counter()
+        with speaking(model, [name]):
+            taken.append(time.perf_counter() - began)
+            assert name == BASE or model.active_adapter == name
+            assert not any(p.requires_grad for p in model.parameters())
+    assert sorted(taken)[2] < 0.2, taken
+    assert before == {name: p.data_ptr() for name, p in model.named_parameters()}
+
+
+# The voice
+
+
+def test_the_voice_of_a_recipe_goes_before_what_has_none(tiny):
+    writer = open_writer(str(tiny))
+    writer.format, writer.settings = "qa", Generate(system="Hablas en verso.")
+    said = writer.tokenizer.decode(writer.prompt_ids("¿Qué es?"))
+    assert said.startswith("Hablas en verso.\n") and said.endswith("¿Qué es?\nRespuesta:")
+    own = (Message("system", "Hablas en prosa."),)
+    assert "verso" not in writer.tokenizer.decode(writer.prompt_ids("¿Qué es?", own))
+    for other in ("", "Callas."):
+        chosen = writer.with_settings({"system": other})
+        assert writer.tokenizer.decode(writer.prompt_ids("¿Qué es?", (), chosen)).startswith(other or "Pregunta")
+    writer.format = "text"  # continues what is typed, and reads no message
+    assert writer.tokenizer.decode(writer.prompt_ids("¿Qué es?")) == "¿Qué es?"
+
+
+def test_a_run_keeps_its_voice_and_is_a_personality(recipe, questions, tiny):
+    from maese.train.loop import train
+
+    asked = ["method.kind=lora", "data.sources=[{path: preguntas.txt}]", "data.format=qa", "data.max_length=96"]
+    run = train(recipe(*asked, "data.too_long=error", "generate.system=Cuentas despacio.", "output=runs/cuentas"))
+    told = [event["text"] for event in run.events() if event["type"] == "sample" and event["final"]]
+    own, mute = (open_writer(run).generate("En un lugar", **more).text for more in ({}, {"system": ""}))
+    assert told == [own] != [mute], "the samples on the way hear the voice too"
+    about = adapter.about_adapter(run.final)
+    assert about["name"] == "prueba" and about["generate"]["system"] == "Cuentas despacio."
+    assert about["examples"] == ["En un lugar"] and about["format"] == "qa"
+    for what in ("runs/cuentas", "runs/cuentas/final", "cuentas"):
+        company = open_company(str(tiny), [what])
+        writer = company.guests[0]
+        assert writer.name == ("cuentas" if what == "cuentas" else "prueba")
+        assert writer.settings.system == "Cuentas despacio." and company.examples(writer.name) == ["En un lugar"]
+        said = writer.generate("¿Cuánto es 3?", temperature=0.0)
+        assert said.ids == open_writer(run).generate("¿Cuánto es 3?", temperature=0.0).ids
+        assert company.base(writer).fingerprint() == fingerprint(load.load_model(tiny))
+    main = open_company(run)
+    assert main.guests == [] and [w.name for w in main.personas] == ["prueba"]
+    assert main.add("cuentas") is main.writers["prueba"], "an adapter that is here is not read again"
+
+
+def test_an_adapter_is_read_once(tiny, voices, monkeypatch):
+    company, calls = open_company(str(tiny)), []
+    real = adapter.attach
+    monkeypatch.setattr(adapter, "attach", lambda *given: calls.append(given) or real(*given))
+    one = company.add(str(voices["gpt2"][0]))
+    assert company.add(str(voices["gpt2"][0])) is one and len(calls) == 1
+    other = company.add(str(voices["gpt2"][1]))
+    assert company.model is one.model is other.model is company.writers[company.main].model
+
+
+def test_two_of_one_name_are_told_apart(tiny, voices, tmp_path):
+    shutil.copytree(voices["gpt2"][0], tmp_path / "ana")
+    company = open_company(str(tiny), [str(voices["gpt2"][0]), str(tmp_path / "ana")])
+    assert [w.name for w in company.guests] == ["ana", "ana-2"]
+
+
+def test_those_of_the_package_are_found_by_name_and_offered_where_they_fit(
+    tiny, tiny_llama, tmp_path, monkeypatch, voices
+):
+    for folder in voices["gpt2"]:
+        shutil.copytree(folder, tmp_path / folder.name)
+        for path in (tmp_path / folder.name).glob("tokenizer*"):
+            path.unlink()  # theirs is that of the base
+        notes = adapter.about_adapter(folder) | {"template": "plain"}
+        (tmp_path / folder.name / adapter.ABOUT).write_text(json.dumps(notes), encoding="utf-8")
+    monkeypatch.setattr(personas, "PERSONAS", tmp_path)
+    assert open_company(str(tiny), ["ana"]).guests[0].format == "messages"
+    assert personas.shipped() == personas.fitting(tiny) == [*VOICES] and personas.fitting(tiny_llama) == []
+    chat = Chat(open_company(str(tiny), ["blas"]))
+    key, facts = chat.command("/persona")
+    assert key == "chat.personas_more" and facts == {
+        "now": "blas",
+        "loaded": f"{tiny}".rpartition("/")[2] + ", blas",
+        "more": "ana, carla",
+    }
+    assert chat.command("/persona carla") == ("chat.persona", {"name": "carla"}) and chat.writer.name == "carla"
+    assert len(chat.company.guests) == 2
+    with pytest.raises(MaeseError, match="ADAPT-01") as problem:
+        open_company(str(tiny_llama), ["ana"])
+    assert problem.value.facts["adapter"] == "ana"
+
+
+# What can go wrong
+
+
+def test_names_that_are_no_personality(recipe, here, tiny):
+    from maese.train.loop import train
+
+    run = train(recipe("output=runs/2026-01-01-entera"))
+    with pytest.raises(MaeseError) as problem:
+        open_company(str(tiny), ["entera"])
+    assert problem.value.code == "PERSONA-02" and problem.value.facts["run"] == str(run.path)
+    shutil.rmtree(run.final)
+    with pytest.raises(MaeseError, match="RUN-05"):
+        personas.find("entera")
+    make_voice(here / "runs" / "2026-01-02-voz" / "final", tiny)
+    with pytest.raises(MaeseError) as problem:
+        personas.find("vos")
+    assert problem.value.code == "PERSONA-01" and problem.value.facts["nearest"] == "voz"
+    assert "voz" in problem.value.facts["known"]
+
+
+def test_a_base_that_was_moved(here, tiny):
+    """The error says where it was; the base given where it is now, with the adapter as personality, works."""
+    shutil.copytree(tiny, here / "base")
+    make_voice(here / "voz", here / "base")
+    (here / "base").rename(here / "otra")
+    with pytest.raises(MaeseError) as problem:
+        open_writer("voz")
+    assert problem.value.code == "ADAPT-04" and problem.value.facts == {"path": "voz", "base": str(here / "base")}
+    assert "--persona voz" in str(problem.value)
+    assert open_company("otra", ["voz"]).guests[0].generate("Hola", max_new_tokens=2).persona == "voz"
+    with pytest.raises(MaeseError, match="ADAPT-01"):  # the same shape, other weights
+        open_company(str(make_model(here / "ajena", seed=9)), ["voz"])
