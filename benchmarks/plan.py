@@ -1,4 +1,4 @@
-"""What `maese plan` foretells of memory against what a run takes: each setting in a process of its own, on this machine.
+"""What `maese plan` foretells of memory against what a run takes: each setting in a process of its own, right here.
 
     python benchmarks/plan.py --write                       all of them: some ten minutes and 6 GiB
     python benchmarks/plan.py --only mini-full mini-lora    these alone; what was measured before stays in --out
