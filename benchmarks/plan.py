@@ -50,7 +50,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "small-full-fp32": ("small", {"data.max_length": 256, "train.micro_batch": 8, "train.precision": "fp32"}),
     "small-lora": ("small", {"data.max_length": 512, "train.micro_batch": 4, "method.kind": "lora"}),
     "small-conversations": (
-        "small", {"data.max_length": 256, "train.micro_batch": 8, "method.kind": "lora", "chat": True},
+        "small", {"data.max_length": 256, "train.micro_batch": 8, "method.kind": "lora", "conversations": True},
     ),
     "mini-full": ("mini", {"data.max_length": 256, "train.micro_batch": 4, "train.accumulation": 2}),
     "mini-muon-packed": (
@@ -113,7 +113,7 @@ def recipe_of(name: str, room: Path) -> list[str]:
 
     _, changes = SETTINGS[name]
     changes = dict(changes)
-    if changes.pop("chat", False):
+    if changes.pop("conversations", False):
         path = shipped("data/ciencia_y_programacion.jsonl")
         data: dict[str, Any] = {"sources": [{"path": str(path)}], "template": "maese"}
     else:
@@ -147,7 +147,7 @@ def measure(name: str) -> dict[str, Any]:
     return {
         "name": name, "parameters": parameters(shape), "changes": SETTINGS[name][1], "precision": plan["precision"],
         "predicted": told.peak / 2**30, "measured": end["peak_gib"], "parts": {k: v / 2**30 for k, v in told.parts},
-        "told_by_run": plan.get("estimated_gib"),
+        "told_by_run": plan["estimated_gib"],
     }  # fmt: skip
 
 
@@ -162,26 +162,38 @@ def alone(words: list[str], **more: str) -> None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A line for each setting, and what the errors are over all."""
-    errors = [row["predicted"] / row["measured"] - 1 for row in rows]
-    sizes = [abs(error) for error in errors]
+    known = ("method.kind", "data.max_length", "train.micro_batch", "train.accumulation")
     lines = [
-        f"- {STEPS} steps of the real loop each, random weights; {machine()}",
-        f"- {len(rows)} settings: the largest error is {max(sizes):.1%}, the median {statistics.median(sizes):.1%}",
+        f"- {STEPS} steps of the real loop each, random weights, with validation and final/; {machine()}",
+        "- «planned»: from the recipe and a config.json, every row as long as it may be; «told»: what the run says"
+        " before it begins, which knows its rows and what its process holds already",
+        f"- {len(rows)} settings: {errors_of(rows, 'predicted', 'planned')}; {errors_of(rows, 'told_by_run', 'told')}",
         "",
-        "| setting | parameters | method | precision | length | batch | else | predicted GiB | measured GiB | error |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| setting | parameters | method | precision | length | batch | else | planned GiB | told | measured |"
+        " planned | told |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row, error in zip(rows, errors, strict=True):
+    for row in rows:
         said = row["changes"]
         batch = f"{said.get('train.micro_batch', 2)} × {said.get('train.accumulation', 4)}"
-        known = ("method.kind", "data.max_length", "train.micro_batch", "train.accumulation", "train.precision")
-        rest = [f"{k.split('.')[-1]}: {v}" for k, v in said.items() if k not in known]
+        rest = [f"{key.split('.')[-1]}: {value}" for key, value in said.items() if key not in known]
         lines.append(
             f"| {row['name']} | {row['parameters']:,} | {said.get('method.kind', 'full')} | {row['precision']} |"
             f" {said['data.max_length']} | {batch} | {', '.join(rest) or '–'} | {row['predicted']:.2f} |"
-            f" {row['measured']:.2f} | {error:+.1%} |"
+            f" {row['told_by_run']:.2f} | {row['measured']:.2f} | {error_of(row, 'predicted'):+.1%} |"
+            f" {error_of(row, 'told_by_run'):+.1%} |"
         )
     return "\n".join(lines)
+
+
+def error_of(row: dict[str, Any], key: str) -> float:
+    return row[key] / row["measured"] - 1
+
+
+def errors_of(rows: list[dict[str, Any]], key: str, name: str) -> str:
+    """The largest and the usual error over all settings."""
+    sizes = [abs(error_of(row, key)) for row in rows]
+    return f"{name}, the largest error is {max(sizes):.1%} and the median {statistics.median(sizes):.1%}"
 
 
 def machine() -> str:
@@ -201,8 +213,11 @@ def main() -> None:
     known: dict[str, dict[str, Any]] = json.loads(args.out.read_text("utf-8")) if args.out.exists() else {}
     for name in [] if args.read else args.only:
         known[name] = row = measure(name)
-        error = row["predicted"] / row["measured"] - 1
-        print(f"{name}: {row['predicted']:.3f} GiB predicted, {row['measured']:.3f} measured, {error:+.1%}", flush=True)
+        print(
+            f"{name}: {row['predicted']:.3f} GiB planned, {row['told_by_run']:.3f} told, {row['measured']:.3f} taken,"
+            f" {error_of(row, 'predicted'):+.1%} and {error_of(row, 'told_by_run'):+.1%}",
+            flush=True,
+        )
         print("   " + ", ".join(f"{part} {size:.3f}" for part, size in row["parts"].items()), flush=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(known, indent=1), "utf-8")

@@ -342,6 +342,12 @@ Not measured yet.
 <!-- minigpt -->
 Not measured yet.
 <!-- /minigpt -->
+
+## What a plan foretells of memory: `python benchmarks/plan.py --write`
+
+<!-- plan -->
+Not measured yet.
+<!-- /plan -->
 """
 
 
