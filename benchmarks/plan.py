@@ -128,7 +128,7 @@ def recipe_of(name: str, room: Path) -> list[str]:
 
 def measure(name: str) -> dict[str, Any]:
     """What the plan says of a setting, and what its run took."""
-    from maese.plan.memory import estimate, job_of
+    from maese.plan import fit
     from maese.plan.shape import open_shape, parameters
     from maese.recipe import load
 
@@ -142,8 +142,7 @@ def measure(name: str) -> dict[str, Any]:
         plan = next(event for event in events if event["type"] == "plan")
         end = next(event for event in events if event["type"] == "end")
         recipe, shape = load(room / "recipe.yaml", changes), open_shape(str(room / "model"))
-        job = job_of(recipe, plan["precision"], plan["device"])
-        told = estimate(shape, job)
+        told = fit.told(shape, recipe, plan["precision"], plan["device"])
     return {
         "name": name, "parameters": parameters(shape), "changes": SETTINGS[name][1], "precision": plan["precision"],
         "predicted": told.peak / 2**30, "measured": end["peak_gib"], "parts": {k: v / 2**30 for k, v in told.parts},

@@ -173,7 +173,8 @@ def test_a_plan_as_data_says_what_the_page_says(maese):
     code, out, _ = maese("--json", "plan", "pokemon", "base=gpt2-xl")
     found = json.loads(out)
     assert code == 0 and found["parameters"] == 1_557_611_200 and found["method"] == "lora"
-    assert sum(found["memory"]["parts"].values()) == pytest.approx(found["memory"]["gib"], abs=0.01)
+    parts, load = sum(found["memory"]["parts"].values()), found["memory"]["load_gib"]
+    assert max(parts, load) == pytest.approx(found["memory"]["gib"], abs=0.01)
     assert len(found["machines"]) == 7 and all(place["fits"] for place in found["machines"])
     assert found["time"] is None and found["disk"]["checkpoints"] == 3
     code, out, _ = maese("--json", "plan", "minigpt", "size=nano")
@@ -246,7 +247,7 @@ def test_the_estimate_stands_before_a_training_and_beside_what_it_took(recipe, c
     run = train(recipe("train.max_steps=1"), watch=events.append)
     plan = next(event for event in events if event["type"] == "plan")
     start = next(event for event in events if event["type"] == "start")
-    assert plan["estimated_gib"] == pytest.approx(sum(plan["estimated"].values()), abs=0.01)
+    assert plan["estimated_gib"] >= sum(plan["estimated"].values()) - 0.01
     assert "GiB estimados de" in plan_box(plan, start) and "✓" in plan_box(plan, start)
     assert "puede no caber" in plan_box(plan | {"memory_gib": 0.1}, start)
     assert "estimados" not in plan_box({k: v for k, v in plan.items() if "estimated" not in k}, start)

@@ -277,7 +277,10 @@ def test_the_worst_moment_and_what_makes_it_larger():
     told = shape.open_shape("gpt2")
     usual = job(tokens=1024, longest=256)
     base = memory.estimate(told, usual)
-    assert base.peak == sum(size for _, size in base.parts) == base.needed
+    assert base.peak == base.training == sum(size for _, size in base.parts) == base.needed
+    # Frozen weights are read beside a file twice as large, which the system can take back and a card never sees.
+    frozen = memory.estimate(shape.open_shape("gpt2-xl"), job(kind="lora", checkpointing=True, tokens=64))
+    assert frozen.peak == frozen.load > frozen.training == frozen.needed
     assert dict(base.parts)["weights"] == 4 * shape.parameters(told)
     from dataclasses import replace
 
@@ -285,6 +288,8 @@ def test_the_worst_moment_and_what_makes_it_larger():
     assert memory.estimate(told, replace(usual, checkpointing=True)).peak < base.peak
     assert memory.estimate(told, replace(usual, kind="lora")).peak < base.peak
     assert memory.estimate(told, usual, process=0).peak == base.peak - memory.usual_process()
+    # Weights that stay in the bits of their file are the file: nothing stands beside it.
+    assert memory.estimate(told, usual, file=2 * shape.parameters(told)).file and not base.file
     card = memory.estimate(told, replace(usual, device="cuda"))
     assert "process" not in dict(card.parts) and card.needed > card.peak + memory.CONTEXT
     # A run of one pass has its gradients only at the end of the way back.

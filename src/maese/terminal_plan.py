@@ -114,7 +114,7 @@ def facts(planned: Planned, pace: Pace | None = None) -> dict[str, Any]:
     return {
         "name": title, "base": recipe.base, "family": shape.family, "method": recipe.method.kind,
         "parameters": parameters(shape), "trained": memory.trained_of(shape, job), "machine": here.facts(),
-        "memory": memory.facts(memory.estimate(shape, job)), "machines": places,
+        "memory": memory.facts(told(shape, recipe, here.precision, here.device)), "machines": places,
         "ways": [{"key": way.key, "changes": dict(way.changes), "saved_gib": round(way.saved / GIB, 3)}
                  for way in ways(shape, recipe, here.precision, here.device)],
         **cost.facts(cost.disk(shape, job, recipe, pace.steps if pace else None), pace),
@@ -148,8 +148,10 @@ def _parts(recipe: Recipe, shape: Anatomy, here: Machine) -> list[str]:
         lines.append(f"  {labels[key]:<{width}}  {shown:>7} GiB  {bar}")
     room = here.memory_gib
     fits = "fits" if found.needed / GIB <= room else "does_not"
-    total = {"total": number(found.peak / GIB, 2), "room": number(room, 1)}
-    return [*lines, "  " + say(f"plan.total.{fits}", **total)]
+    lines.append("  " + say(f"plan.total.{fits}", total=number(found.training / GIB, 2), room=number(room, 1)))
+    if found.load > found.training:
+        lines.append("  " + say("plan.loading", load=_gib(found.load), file=_gib(found.file)))
+    return lines
 
 
 def _rest(recipe: Recipe, shape: Anatomy, pace: Pace | None) -> list[str]:

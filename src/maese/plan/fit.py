@@ -10,17 +10,14 @@ Memory alone decides: what a change costs in time or in what is learnt is said b
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from maese.errors import MaeseError
 from maese.plan.memory import Estimate, estimate, job_of
-from maese.plan.shape import Anatomy
+from maese.plan.shape import Anatomy, file_of
 from maese.recipe import Recipe
-
-if TYPE_CHECKING:
-    import numpy as np
 
 # Makers count in powers of ten, and the screen takes some: to plan with less than is there does no harm.
 CARDS = {f"{size} GB": size * 10**9 for size in (6, 8, 12, 16, 24, 80)}
@@ -30,7 +27,6 @@ METHODS = ("full", "lora", "qlora")
 WORTH = 0.02  # share of the memory that a change must save to be named
 
 Changes = tuple[tuple[str, Any], ...]
-Lengths = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -65,10 +61,9 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe:
     return recipe
 
 
-def told(shape: Anatomy, recipe: Recipe, precision: str, device: str, lengths: Lengths | np.ndarray | None = None,
-         **more: int) -> Estimate:  # fmt: skip
+def told(shape: Anatomy, recipe: Recipe, precision: str, device: str) -> Estimate:
     """The estimate of a recipe on a device."""
-    return estimate(shape, job_of(recipe, precision, device, lengths), **more)
+    return estimate(shape, job_of(recipe, precision, device), file=file_of(recipe.base))
 
 
 def ways(shape: Anatomy, recipe: Recipe, precision: str, device: str) -> list[Way]:

@@ -75,21 +75,29 @@ class Job:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The parts of the worst moment in bytes, and which moment that is."""
+    """The parts of the worst moment of training in bytes, which moment that is, and what loading takes before it."""
 
     parts: Parts
-    moment: str  # load | forward | backward | ending
+    moment: str  # forward | backward | ending
     device: str
+    load: int
+    file: int  # of it, the weights on disk, which are mapped: the system takes them back when it must
+
+    @property
+    def training(self) -> int:
+        return sum(size for _, size in self.parts)
 
     @property
     def peak(self) -> int:
         """What the run will say that it took: of a card, what was asked of it; else what the process held."""
-        return sum(size for _, size in self.parts)
+        return max(self.training, self.load)
 
     @property
     def needed(self) -> int:
         """What must be free: on a card CUDA itself takes some, and holes are left between rows of many lengths."""
-        return int(self.peak * 1.05) + CONTEXT if self.device == "cuda" else self.peak
+        if self.device == "cuda":
+            return int(self.peak * 1.05) + CONTEXT
+        return max(self.training, self.load - self.file)
 
 
 def job_of(recipe: Recipe, precision: str, device: str, lengths: Sequence[int] | np.ndarray | None = None) -> Job:
@@ -125,9 +133,9 @@ def heaviest(recipe: Recipe, device: str, lengths: Sequence[int] | np.ndarray | 
     return max(found)
 
 
-def estimate(shape: Anatomy, job: Job, process: int | None = None, file: int = 0) -> Estimate:
+def estimate(shape: Anatomy, job: Job, process: int | None = None, file: int | None = None) -> Estimate:
     """The worst of the moments of a run. `process` is what it held before it loaded (bytes; a usual figure if not
-    said), `file` the size of the weights on disk, which are mapped while they are read."""
+    said), `file` the size of the weights on disk (as many bits as GPT-2 and Phi have on the hub, if not said)."""
     trained = trained_of(shape, job)
     weights = {"weights": weights_of(shape, job), "adapters": 0 if job.kind == "full" else 4 * trained}
     moving = {"optimizer": optimizer_of(shape, job, trained)}
@@ -147,16 +155,19 @@ def estimate(shape: Anatomy, job: Job, process: int | None = None, file: int = 0
     # At the end of the way back the table has a gradient from the head and another from the words.
     table = 4 * shape.table if job.kind == "full" else 0
     ending = weights | moving | {"gradients": gradients, "table": table * (2 if job.passes > 1 else 1)}
-    loading = {"weights": weights["weights"], "file": file}
-    moments = {"load": loading, "forward": forward, "backward": backward, "ending": ending}
+    moments = {"forward": forward, "backward": backward, "ending": ending}
+    base: dict[str, int] = {}
     if job.device == "cpu":
-        for parts in moments.values():
-            parts["holes"] = int(HOLES * sum(parts.get(name, 0) for name in PASSING))
+        base["process"] = usual_process() if process is None else process
+        for moment in moments.values():
+            moment["holes"] = int(HOLES * sum(moment.get(name, 0) for name in PASSING))
     worst = max(moments, key=lambda name: sum(moments[name].values()))
-    parts = moments[worst]
-    if job.device == "cpu":
-        parts = {"process": usual_process() if process is None else process} | parts
-    return Estimate(tuple((name, int(size)) for name, size in parts.items() if size), worst, job.device)
+    parts = tuple((name, int(size)) for name, size in (base | moments[worst]).items() if size)
+    # What is read is mapped: weights that stay in the bits of the file are the file, others stand beside it.
+    read = (4 if shape.family == "gpt2" else 2) * parameters(shape) if file is None else file
+    if job.device == "cuda" or abs(read - weights["weights"]) < 0.05 * weights["weights"]:
+        read = 0
+    return Estimate(parts, worst, job.device, sum(base.values()) + weights["weights"] + read, read)
 
 
 def usual_process() -> int:
@@ -272,5 +283,7 @@ def gib(parts: Parts) -> dict[str, float]:
 
 def facts(told: Estimate) -> dict[str, Any]:
     """An estimate as JSON."""
-    return {"gib": round(told.peak / 2**30, 3), "needed_gib": round(told.needed / 2**30, 3), "moment": told.moment,
-            "parts": {name: round(size, 4) for name, size in gib(told.parts).items()}}  # fmt: skip
+    sizes = {"gib": told.peak, "needed_gib": told.needed, "load_gib": told.load}
+    return {name: round(size / 2**30, 3) for name, size in sizes.items()} | {
+        "moment": told.moment, "parts": {name: round(size, 4) for name, size in gib(told.parts).items()},
+    }  # fmt: skip

@@ -15,6 +15,7 @@ import difflib
 import json
 import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -135,7 +136,9 @@ def open_shape(base: str, architecture: Architecture = "modern") -> Anatomy:
     if base in SIZES:
         return of_size(SIZES[base], architecture)
     name = base.partition("@")[0]
-    row = KNOWN.get(name) or _cached(base)
+    row = KNOWN.get(name)
+    if row is None and (place := _fetched(base)):
+        row = _read(place / "config.json")
     if row is None:
         short = {known.rpartition("/")[2].lower(): known for known in KNOWN}
         near = difflib.get_close_matches(name.rpartition("/")[2].lower(), short, n=1, cutoff=0.3)
@@ -153,16 +156,24 @@ def _read(path: Path) -> dict[str, Any]:
     return config
 
 
-def _cached(base: str) -> dict[str, Any] | None:
-    """The configuration of a model of the hub that was fetched before; the network is not asked."""
+@cache
+def file_of(base: str) -> int | None:
+    """Bytes of the weights of a base on this disk; None where they are not here."""
+    folder = INSIDE.get(base, Path(base).expanduser())
+    place = folder if (folder / "config.json").is_file() else _fetched(base)
+    return sum(path.stat().st_size for path in place.glob("*.safetensors")) if place else None
+
+
+def _fetched(base: str) -> Path | None:
+    """The folder of a model of the hub that was fetched before; the network is not asked."""
     name, _, revision = base.partition("@")
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
     cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
     store = cache / f"models--{name.replace('/', '--')}"
     with_ref = store / "refs" / (revision or "main")
     at = with_ref.read_text("utf-8").strip() if with_ref.is_file() else revision
-    path = store / "snapshots" / at / "config.json"
-    return _read(path) if at and path.is_file() else None
+    place = store / "snapshots" / (at or "")
+    return place if at and (place / "config.json").is_file() else None
 
 
 def of_size(shape: Shape, architecture: Architecture, dropout: float = 0.0) -> Anatomy:

@@ -64,8 +64,9 @@ def foretold(session: Session) -> dict[str, Any]:
     # What this process already holds is better than the usual figure: a notebook has more in it than a command.
     held = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
     process = max(0, int((memory_used_gib("cpu") - held) * 2**30)) if here.device == "cpu" else None
-    told = facts(estimate(shape, job, process))
-    return {"estimated_gib": told["gib"], "estimated": told["parts"]}
+    told = facts(estimate(shape, job, process, file=0))
+    # To load has been done, and may have taken more than what comes.
+    return {"estimated_gib": max(told["gib"], round(memory_peak_gib(here.device), 3)), "estimated": told["parts"]}
 
 
 def _enough(session: Session) -> int:
