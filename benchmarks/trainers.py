@@ -354,6 +354,12 @@ Not measured yet.
 <!-- architectures -->
 Not measured yet.
 <!-- /architectures -->
+
+## What a plan foretells of memory: `python benchmarks/plan.py --write`
+
+<!-- plan -->
+Not measured yet.
+<!-- /plan -->
 """
 
 

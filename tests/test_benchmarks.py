@@ -146,3 +146,16 @@ def test_how_soon_one_recipe_is_as_good_as_another_ends(scripts):
     both = [classic | {"kind": "classic"}, run([8.0, 5.0, 3.0, 2.0], 6.0) | {"kind": "modern"}]
     told = minigpt.table(both)
     assert "-50.0%" in told and "0.30 of its time" in told
+
+
+def test_the_plan_is_held_against_what_was_measured(scripts):
+    import plan
+
+    row = {"name": "a", "parameters": 10, "changes": {"data.max_length": 8}, "precision": "fp32", "measured": 2.0}
+    rows = [row | {"predicted": 2.2, "told_by_run": 1.9}, row | {"predicted": 1.6, "told_by_run": 2.0}]
+    told = plan.table(rows)
+    assert (
+        "planned, the largest error is 20.0% and the median 15.0%" in told and "told, the largest error is 5.0%" in told
+    )
+    assert "| +10.0% | -5.0% |" in told and len({line.count("|") for line in told.splitlines() if "|" in line}) == 1
+    assert len(plan.SETTINGS) >= 12 and {model for model, _ in plan.SETTINGS.values()} <= {*plan.MODELS}

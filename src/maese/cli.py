@@ -16,6 +16,7 @@ import click
 
 from maese import __version__
 from maese.cli_data import data, inspect, tokenizer
+from maese.cli_plan import plan
 from maese.cli_use import chat, generate, settings_of, writing_options
 from maese.errors import MaeseError, UsageError
 from maese.say import catalogue, language, say
@@ -133,6 +134,7 @@ def explain(code: str | None) -> None:
 cli.add_command(data)
 cli.add_command(tokenizer)
 cli.add_command(inspect)
+cli.add_command(plan)
 
 
 @cli.command(help=say("cli.train.help"))

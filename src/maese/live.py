@@ -138,12 +138,20 @@ def plan_box(event: Event, start: Event) -> str:
                 memory=number(event["memory_gib"], 1)),
         ),
         ("how", _how(event)),
+        *([("memory", _memory(event))] if event.get("estimated_gib") else []),
         ("folder", event["run"]),
     ]  # fmt: skip
     labels = [say(f"live.plan.label.{key}") for key, _ in rows]
     width = max(map(len, labels))
     lines = [f"  {label:<{width}}  {text}" for label, (_, text) in zip(labels, rows, strict=True)]
     return "\n".join([say("live.plan.title", name=start["name"]), *lines])
+
+
+def _memory(event: Event) -> str:
+    """What the run should take at its worst, and whether that is there."""
+    fits = "fits" if event["estimated_gib"] <= event["memory_gib"] else "tight"
+    figures = {"estimated": number(event["estimated_gib"], 1), "total": number(event["memory_gib"], 1)}
+    return say(f"live.plan.memory.{fits}", **figures)
 
 
 def _how(event: Event) -> str:

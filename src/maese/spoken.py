@@ -19,13 +19,13 @@ FALSE_FRIENDS = {
     "finetune": "train", "fine-tune": "train", "sft": "train", "run": "train", "entrenar": "train", "ajustar": "train",
     "infer": "generate", "generar": "generate", "escribir": "generate", "charlar": "chat", "comparar": "compare",
     "informe": "report", "continuar": "resume", "reanudar": "resume", "nuevo": "new", "datos": "data", "init": "new",
-    "list": "runs", "ls": "runs", "explicar": "explain",
+    "list": "runs", "memory": "plan", "estimate": "plan", "planear": "plan", "ls": "runs", "explicar": "explain",
 }  # fmt: skip
 ESSENTIAL = ("base", "data.sources", "train.epochs", "train.lr", "train.micro_batch", "method.kind", "output")
 GROUPS = {
     "start": ("demo", "new", "explain"),
     "data": ("data", "tokenizer"),
-    "train": ("train", "resume", "runs"),
+    "train": ("plan", "train", "resume", "runs"),
     "use": ("generate", "chat"),
     "look": ("inspect",),
     "measure": ("compare", "compare-architectures", "report"),

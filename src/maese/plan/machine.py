@@ -50,6 +50,56 @@ def machine(train: Train | None = None) -> Machine:
     return Machine(device, cpu_name(), torch.get_num_threads(), psutil.virtual_memory().total / 2**30, precision)
 
 
+def glance(train: Train | None = None) -> Machine:
+    """The same without torch, at once: the card as its driver tells it, the processor as the system does.
+
+    Error: DEVICE-01.
+    """
+    wanted = train.device if train else "auto"
+    asked = train.precision if train else "auto"
+    card = _card() if wanted != "cpu" else None
+    if wanted == "cuda" and card is None:
+        raise MaeseError("DEVICE-01")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if card:
+        name, memory_gib, capability = card
+        auto = "bf16" if capability >= 8 else "fp16"
+        return Machine("cuda", name, cores, memory_gib, auto if asked == "auto" else asked)
+    import psutil
+
+    auto = "bf16" if {"avx512_bf16", "amx_bf16"} & _flags() else "fp32"
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return Machine(
+        "cpu", cpu_name(), int(threads) if threads.isdigit() else cores, psutil.virtual_memory().total / 2**30,
+        auto if asked in ("auto", "fp16") else asked,
+    )  # fmt: skip
+
+
+def _card() -> tuple[str, float, float] | None:
+    """Name, GiB and capability of the first card, or None where its driver's own program finds none."""
+    import shutil
+    import subprocess
+
+    if not (program := shutil.which("nvidia-smi")):
+        return None
+    command = [program, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    try:
+        line = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.splitlines()[0]
+        name, mebibytes, capability = line.rsplit(",", 2)
+        return name.strip(), float(mebibytes) / 1024, float(capability)
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        return None
+
+
+def _flags() -> set[str]:
+    """What the processor can do, in Linux's words; empty elsewhere."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return set(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), []))
+    except OSError:
+        return set()
+
+
 def allocator() -> None:
     """On Linux, have glibc keep memory that is let go of, and a card's memory grow in one piece.
 

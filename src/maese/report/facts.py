@@ -44,6 +44,7 @@ def facts(run: Run) -> dict[str, Any]:
         "tokens": end.get("tokens"),
         "tokens_s": _median(steps, "tokens_s"),
         "peak_gib": finite(end.get("peak_gib")) or max(_values(steps, "mem_gib"), default=None),
+        "estimated_gib": finite(plan.get("estimated_gib")),
         "parameters": plan.get("parameters"),
         "trainable": plan.get("trainable"),
         "final_bytes": next((e.get("bytes") for e in reversed(history) if e.get("what") == "final"), None),

@@ -63,13 +63,20 @@ def _cost(f: dict[str, Any]) -> list[tuple[str, str]]:
         (say("report.box.steps"), shown(f["steps"], number)),
         (say("report.box.time"), shown(f["seconds"], duration)),
         (say("report.box.speed"), shown(f["tokens_s"], lambda v: say("report.unit.tokens_s", value=number(v, 0)))),
-        (say("report.box.memory"), shown(f["peak_gib"], lambda v: say("report.unit.gib", value=number(v, 2)))),
+        (say("report.box.memory"), shown(f["peak_gib"], lambda v: memory(v, f.get("estimated_gib")))),
     ]
 
 
 def shown(value: Any, how) -> str:
     """A figure written by `how`, or the words for «not measured»."""
     return say("report.missing") if value is None else how(value)
+
+
+def memory(peak: float, estimated: float | None) -> str:
+    """`memory(2.04, 2.1)` is «2,04 GiB (estimados 2,10)»."""
+    if estimated is None:
+        return say("report.unit.gib", value=number(peak, 2))
+    return say("report.box.against", value=number(peak, 2), estimated=number(estimated, 2))
 
 
 def arrow(before: float | None, after: float | None, decimals: int) -> str:

@@ -24,6 +24,9 @@ IGNORED = -100  # the label that no loss looks at
 MULTIPLE = 8  # rows are padded to a multiple of it: matrix units like it, and few shapes repeat
 # The same of a row of documents, where it costs little: for each new length oneDNN makes, and keeps, new kernels.
 FLAT_MULTIPLE = 64
+# On a processor more tokens at once are no faster than these, and only take more memory. Fewer would be slower where
+# the model is large: each pass turns its weights into 16 bits anew.
+ENOUGH = 2048
 
 Row = TypeVar("Row")
 

@@ -6,13 +6,17 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from maese.errors import MaeseError
 from maese.evaluate.ability import bits_per_byte, whole_text
 from maese.evaluate.likelihood import loss_and_targets
 from maese.generate.engine import Writer
 from maese.model import load
 from maese.model.fingerprint import parameters
+from maese.model.head import causal_of
 from maese.model.save import save_final
-from maese.plan.machine import memory_peak_gib
+from maese.plan.machine import memory_peak_gib, memory_used_gib
+from maese.plan.memory import estimate, facts, job_of
+from maese.plan.shape import anatomy
 from maese.recipe import Source
 from maese.text.read import open_source, texts_of
 from maese.tokens.settle import pieces
@@ -37,11 +41,32 @@ def plan(session: Session) -> None:
         micro_batch=train.micro_batch, accumulation=train.accumulation, max_length=session.recipe.data.max_length,
         run=str(session.run.path), format=session.data.format, processes=session.together.world,
         sharded=session.together.sharded, unpadded=session.unpadded, compiled=bool(session.compiled),
-        **session.machine.facts(),
+        **session.machine.facts(), **foretold(session),
     )  # fmt: skip
     if (rows := train.micro_batch * train.accumulation) < session.together.world:
         facts = {"rows": rows, "world": session.together.world, "accumulation": _enough(session)}
         session.tell("warning", step=session.state.step, code="DIST-02", facts=facts)
+
+
+def foretold(session: Session) -> dict[str, Any]:
+    """What the run should take at its worst (GiB) and its parts; nothing where that is not known how to count.
+
+    With several processes each has rows of its own, and buckets to exchange: that is not counted yet.
+    """
+    if session.together.world > 1:
+        return {}
+    here, (model, _) = session.machine, session.inner
+    try:
+        shape = anatomy(causal_of(model).config.to_dict())
+    except MaeseError:
+        return {}
+    job = job_of(session.recipe, here.precision, here.device, session.data.train.lengths)
+    # What this process already holds is better than the usual figure: a notebook has more in it than a command.
+    held = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
+    process = max(0, int((memory_used_gib("cpu") - held) * 2**30)) if here.device == "cpu" else None
+    told = facts(estimate(shape, job, process, file=0))
+    # To load has been done, and may have taken more than what comes.
+    return {"estimated_gib": max(told["gib"], round(memory_peak_gib(here.device), 3)), "estimated": told["parts"]}
 
 
 def _enough(session: Session) -> int:

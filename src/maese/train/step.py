@@ -17,7 +17,7 @@ from itertools import chain, pairwise
 from typing import Any
 
 from maese.evaluate.likelihood import loss_sum
-from maese.tokens.batches import batches, by_length, by_room, packed_batches
+from maese.tokens.batches import ENOUGH, batches, by_length, by_room, packed_batches
 from maese.train.compiling import surviving
 from maese.train.guard import discard, fitting, longest_rows, rehearse, tell_skipped
 from maese.train.milestones import end
@@ -25,9 +25,6 @@ from maese.train.session import Session
 from maese.train.together import agreed
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
-# On a processor more tokens at once are no faster than these, and only take more memory. Fewer would be slower where
-# the model is large: each pass turns its weights into 16 bits anew.
-ENOUGH = 2048
 
 MicroBatches = list[list[Any]]
 

@@ -1,0 +1,142 @@
+"""What fits where, and what to change when it does not: the smallest change first, each with what it saves and costs.
+
+    ways(shape, recipe, "bf16", "cuda")              (Way(key="smaller", changes=(("train.micro_batch", 1), …), …), …)
+    fit(shape, recipe, "bf16", "cuda", room=6e9)     the first settings that fit, or None
+    CARDS                                            the memory of common cards, in bytes
+
+Memory alone decides: what a change costs in time or in what is learnt is said beside it, and not weighed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from maese.errors import MaeseError
+from maese.plan.memory import Estimate, estimate, job_of
+from maese.plan.shape import Anatomy, file_of
+from maese.recipe import Recipe
+
+# Makers count in powers of ten, and the screen takes some: to plan with less than is there does no harm.
+CARDS = {f"{size} GB": size * 10**9 for size in (6, 8, 12, 16, 24, 80)}
+SHORTEST = 4  # a context is not cut below this share of it: other data would be learnt
+LENGTHS = (1, 2, SHORTEST)
+METHODS = ("full", "lora", "qlora")
+WORTH = 0.02  # share of the memory that a change must save to be named
+
+Changes = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Way:
+    """Keys of the recipe that take less memory: which, how much less (bytes), and what the run then needs."""
+
+    key: str  # smaller | checkpointing | shorter | eight_bits | lora | qlora
+    changes: Changes
+    saved: int
+    needed: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Settings that fit, as changes to a recipe (none: it fits as it is), and what they need."""
+
+    changes: Changes
+    told: Estimate
+
+
+def typed(changes: Changes) -> str:
+    """Changes as they are typed: `train.micro_batch=1 train.accumulation=8`."""
+    return " ".join(f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in changes)
+
+
+def changed(recipe: Recipe, changes: Changes) -> Recipe:
+    """The recipe with other values at some keys, `section.key` each."""
+    for key, value in changes:
+        section, name = key.split(".")
+        part = getattr(recipe, section).model_copy(update={name: value})
+        recipe = recipe.model_copy(update={section: part})
+    return recipe
+
+
+def told(shape: Anatomy, recipe: Recipe, precision: str, device: str) -> Estimate:
+    """The estimate of a recipe on a device."""
+    return estimate(shape, job_of(recipe, precision, device), file=file_of(recipe.base))
+
+
+def ways(shape: Anatomy, recipe: Recipe, precision: str, device: str) -> list[Way]:
+    """Each change by itself that takes less memory, from the smallest to the largest."""
+    now = told(shape, recipe, precision, device).needed
+    found = []
+    for key, changes in _single(recipe):
+        try:
+            needed = told(shape, changed(recipe, changes), precision, device).needed
+        except MaeseError:  # targets that another family has
+            continue
+        if now - needed > WORTH * now:
+            found.append(Way(key, changes, now - needed, needed))
+    return found
+
+
+def _single(recipe: Recipe) -> Iterator[tuple[str, Changes]]:
+    train, method = recipe.train, recipe.method
+    if train.micro_batch > 1:
+        yield "smaller", _batch(recipe, 1)
+    if not train.gradient_checkpointing:
+        yield "checkpointing", (("train.gradient_checkpointing", True),)
+    if recipe.data.max_length >= 64:
+        yield "shorter", (("data.max_length", recipe.data.max_length // 2),)
+    if train.optimizer == "adamw":
+        yield "eight_bits", (("train.optimizer", "adamw8bit"),)
+    for kind in METHODS[METHODS.index(method.kind) + 1 :]:
+        yield kind, (("method.kind", kind),)
+
+
+def _batch(recipe: Recipe, micro_batch: int) -> Changes:
+    """Fewer rows at once and more turns: the same batch where it divides, and no smaller where it does not."""
+    each = recipe.train.micro_batch * recipe.train.accumulation
+    return ("train.micro_batch", micro_batch), ("train.accumulation", -(-each // micro_batch))
+
+
+def fit(shape: Anatomy, recipe: Recipe, precision: str, device: str, room: float) -> Fit | None:
+    """The settings nearest to the recipe that fit in `room` bytes; None where no change is enough.
+
+    The rows at once give way first, which changes nothing of what is learnt; then what is kept, the length, the
+    optimizer, and the method last.
+    """
+    for changes in _combined(recipe):
+        found = told(shape, changed(recipe, changes), precision, device)
+        if found.needed <= room:
+            return Fit(changes, found)
+    return None
+
+
+def least(shape: Anatomy, recipe: Recipe, precision: str, device: str) -> Fit:
+    """The settings that need the least of all those `fit` tries."""
+    every = (Fit(changes, told(shape, changed(recipe, changes), precision, device)) for changes in _combined(recipe))
+    return min(every, key=lambda found: found.told.needed)
+
+
+def _combined(recipe: Recipe) -> Iterator[Changes]:
+    """All settings there are to try, the nearest to the recipe first."""
+    train, data, method = recipe.train, recipe.data, recipe.method
+    kinds = METHODS[METHODS.index(method.kind) :]
+    optimizers = dict.fromkeys((train.optimizer, "adamw8bit" if train.optimizer == "adamw" else train.optimizer))
+    halves = [cut for cut in LENGTHS if cut == 1 or data.max_length // cut >= 32]
+    checkpoints = dict.fromkeys((train.gradient_checkpointing, True))
+    rows = [train.micro_batch >> times for times in range(train.micro_batch.bit_length())]
+    for kind, optimizer, cut, again, micro_batch in itertools.product(kinds, optimizers, halves, checkpoints, rows):
+        said: dict[str, Any] = {}
+        if micro_batch != train.micro_batch:
+            said |= dict(_batch(recipe, micro_batch))
+        if again != train.gradient_checkpointing:
+            said["train.gradient_checkpointing"] = again
+        if cut > 1:
+            said["data.max_length"] = data.max_length // cut
+        if optimizer != train.optimizer:
+            said["train.optimizer"] = optimizer
+        if kind != method.kind:
+            said["method.kind"] = kind
+        yield tuple(said.items())

@@ -1,0 +1,231 @@
+"""What a run will take, as the terminal tells it: part by part, on this machine and on common ones, and what to change.
+
+In go recipes with the anatomy of their models (`plan.shape`); out comes text of at most 80 columns, or JSON.
+"""
+
+from __future__ import annotations
+
+import json as jsons
+import sys
+from typing import Any
+
+from maese.errors import MaeseError
+from maese.plan import cost, memory
+from maese.plan.cost import Pace
+from maese.plan.fit import CARDS, Changes, Fit, fit, least, told, typed, ways
+from maese.plan.machine import Machine, glance
+from maese.plan.shape import Anatomy, parameters
+from maese.recipe import Recipe
+from maese.say import duration, number, percent, quantity, say
+from maese.terminal import talk
+
+Planned = tuple[str, Recipe, Anatomy]
+BAR = 22  # cells of the longest bar
+GIB = 2**30
+LEAST = GIB // 100  # what is smaller is only said to be so
+
+
+def show(planned: list[Planned], pace: Pace | None, name: str | None, json: bool = False, quiet: int = 0) -> None:
+    """The whole plan of each training."""
+    if json:
+        every = [facts(each, pace) for each in planned]
+        sys.stdout.write(jsons.dumps(every[0] if len(every) == 1 else every, ensure_ascii=False, indent=1) + "\n")
+        return
+    lines: list[str] = []
+    for title, recipe, shape in planned:
+        here = glance(recipe.train)
+        lines += [*_head(title, recipe, shape, here), "", *_parts(recipe, shape, here), "", *_rest(recipe, shape, pace)]
+        lines += ["", *_machines(recipe, shape, here), *_ways(recipe, shape, here), ""]
+    sys.stdout.write("\n".join(lines).rstrip() + "\n")
+    if name is not None:
+        talk("\n" + say("plan.next" if len(planned) == 1 else "plan.next_stages", name=name), quiet=quiet)
+
+
+def show_fit(planned: list[Planned], room: float, name: str | None, json: bool = False, quiet: int = 0) -> None:
+    """The keys with which each training fits in so many bytes. Error: MEM-05 (none of all settings does)."""
+    found = [(title, recipe, fitted(recipe, shape, room)) for title, recipe, shape in planned]
+    if json:
+        every = [
+            {"name": title, "room_gib": round(room / GIB, 3), "changes": dict(one.changes), **memory.facts(one.told)}
+            for title, _, one in found
+        ]
+        sys.stdout.write(jsons.dumps(every[0] if len(every) == 1 else every, ensure_ascii=False, indent=1) + "\n")
+        return
+    for title, recipe, one in found:
+        asked = {"name": title, "room": _gib(room), "needed": _gib(one.told.needed)}
+        talk(say("plan.fits_as_it_is" if not one.changes else "plan.fits_with", **asked), quiet=quiet)
+        if one.changes:
+            words = _prefixed(one.changes, title, len(found) > 1)
+            sys.stdout.write(words + "\n")
+            for key in _prices(recipe, one.changes):
+                talk(f"  {say(f'plan.way.{key}')}: {say(f'plan.price.{key}')}", quiet=quiet)
+            if name is not None and len(found) == 1:
+                talk(say("plan.then", name=name, changes=words), quiet=quiet)
+    sys.stdout.flush()
+
+
+def say_probing(json: bool = False, quiet: int = 0) -> None:
+    """Some steps are about to be measured, which takes a while."""
+    talk(say("plan.probing"), json, quiet)
+
+
+def fitted(recipe: Recipe, shape: Anatomy, room: float) -> Fit:
+    """The settings that fit: on a card, unless the recipe asks for the processor. Error: MEM-05."""
+    device, precision = asked_of(recipe)
+    if found := fit(shape, recipe, precision, device, room):
+        return found
+    smallest = least(shape, recipe, precision, device)
+    enough = [name for name, size in CARDS.items() if size >= smallest.told.needed]
+    raise MaeseError(
+        "MEM-05", room=room / GIB, base=recipe.base, needed=smallest.told.needed / GIB,
+        changes=typed(smallest.changes) or say("plan.nothing"), length=dict(smallest.changes).get(
+            "data.max_length", recipe.data.max_length), card=(enough or ["—"])[0].replace(" ", ""),
+    )  # fmt: skip
+
+
+def asked_of(recipe: Recipe) -> tuple[str, str]:
+    """Device and precision of a machine that is not this one: a card with bf16, unless the recipe says otherwise."""
+    precision = recipe.train.precision
+    return "cpu" if recipe.train.device == "cpu" else "cuda", "bf16" if precision == "auto" else precision
+
+
+def machines(recipe: Recipe, here: Machine) -> list[tuple[str, str, str, float]]:
+    """Name, device, precision and bytes of this machine and of common ones."""
+    _, precision = asked_of(recipe)
+    known = [(say(f"plan.here.{here.device}"), here.device, here.precision, here.memory_gib * GIB)]
+    if here.device == "cuda":
+        own = glance(recipe.train.model_copy(update={"device": "cpu"}))
+        known.append((say("plan.here.cpu"), "cpu", own.precision, own.memory_gib * GIB))
+    return known + [(say("plan.card", size=name), "cuda", precision, float(room)) for name, room in CARDS.items()]
+
+
+def facts(planned: Planned, pace: Pace | None = None) -> dict[str, Any]:
+    """A plan as JSON: sizes in GiB, disk in bytes, time in seconds."""
+    title, recipe, shape = planned
+    here = glance(recipe.train)
+    job = memory.job_of(recipe, here.precision, here.device)
+    places = []
+    for name, device, precision, room in machines(recipe, here):
+        needed, found = told(shape, recipe, precision, device).needed, fit(shape, recipe, precision, device, room)
+        places.append({
+            "name": name, "device": device, "room_gib": round(room / GIB, 3), "needed_gib": round(needed / GIB, 3),
+            "fits": needed <= room, "with": dict(found.changes) if found else None,
+        })  # fmt: skip
+    return {
+        "name": title, "base": recipe.base, "family": shape.family, "method": recipe.method.kind,
+        "parameters": parameters(shape), "trained": memory.trained_of(shape, job), "machine": here.facts(),
+        "memory": memory.facts(told(shape, recipe, here.precision, here.device)), "machines": places,
+        "ways": [{"key": way.key, "changes": dict(way.changes), "saved_gib": round(way.saved / GIB, 3)}
+                 for way in ways(shape, recipe, here.precision, here.device)],
+        **cost.facts(cost.disk(shape, job, recipe, pace.steps if pace else None), pace),
+    }  # fmt: skip
+
+
+def _head(title: str, recipe: Recipe, shape: Anatomy, here: Machine) -> list[str]:
+    every, job = parameters(shape), memory.job_of(recipe, here.precision, here.device)
+    trained, train = memory.trained_of(shape, job), recipe.train
+    said = {"layers": shape.layers, "width": shape.width, "all": quantity(every), "family": shape.family}
+    learnt = say(f"plan.method.{job.kind}", rank=job.rank, n=quantity(trained), share=percent(trained / every))
+    asked = {"rows": train.micro_batch, "turns": train.accumulation, "length": recipe.data.max_length}
+    more = f" · {say('plan.checkpointing')}" if train.gradient_checkpointing else ""
+    return [
+        say("plan.title", name=title), "  " + say("plan.model", base=recipe.base, **said), "  " + learnt,
+        "  " + say("plan.settings", **asked) + f" · {here.precision} · {train.optimizer}{more}",
+        "  " + say("plan.at_once", n=job.tokens, turns=job.passes),
+    ]  # fmt: skip
+
+
+def _parts(recipe: Recipe, shape: Anatomy, here: Machine) -> list[str]:
+    """The worst moment, part by part, with a bar for each."""
+    found = told(shape, recipe, here.precision, here.device)
+    full = "█" if (sys.stdout.encoding or "").lower().startswith("utf") else "#"
+    labels = {key: say(f"plan.part.{key}") for key, _ in found.parts}
+    width, largest = max(map(len, labels.values())), max(size for _, size in found.parts)
+    lines = [say(f"plan.moment.{found.moment}")]
+    for key, size in found.parts:
+        bar = full * max(1, round(BAR * size / largest))
+        shown = number(size / GIB, 2) if size >= LEAST else f"<{number(LEAST / GIB, 2)}"
+        lines.append(f"  {labels[key]:<{width}}  {shown:>7} GiB  {bar}")
+    room = here.memory_gib
+    fits = "fits" if found.needed / GIB <= room else "does_not"
+    lines.append("  " + say(f"plan.total.{fits}", total=number(found.training / GIB, 2), room=number(room, 1)))
+    if found.load > found.training:
+        lines.append("  " + say("plan.loading", load=_gib(found.load), file=_gib(found.file)))
+    return lines
+
+
+def _rest(recipe: Recipe, shape: Anatomy, pace: Pace | None) -> list[str]:
+    """Disk and time."""
+    here = glance(recipe.train)
+    job = memory.job_of(recipe, here.precision, here.device)
+    found = cost.disk(shape, job, recipe, pace.steps if pace else None)
+    # A disk is counted in powers of ten, as its maker does.
+    sizes = {"most": number(found.most / 1e9, 2), "one": number(found.checkpoint / 1e9, 2)}
+    lines = ["  " + say("plan.disk", n=found.checkpoints, final=number(found.final / 1e9, 2), **sizes)]
+    if pace is None:
+        return [*lines, "  " + say("plan.no_time")]
+    shortest, longest = cost.total(pace)
+    speeds = f"{number(min(pace.speeds), 0)}–{number(max(pace.speeds), 0)}"
+    measured = {"speeds": speeds, "n": len(pace.seconds), "peak": number(pace.peak_gib, 2), "steps": pace.steps}
+    return [*lines, "  " + say("plan.time", least=duration(shortest), most=duration(longest), **measured)]
+
+
+def _machines(recipe: Recipe, shape: Anatomy, here: Machine) -> list[str]:
+    """A line for each machine: what it has, what the run needs there, and whether it fits, or with what."""
+    rows = machines(recipe, here)
+    width = max(len(name) for name, *_ in rows)
+    lines = [say("plan.where")]
+    for name, device, precision, room in rows:
+        found = told(shape, recipe, precision, device)
+        begin = f"  {name:<{width}} {number(room / GIB, 1):>6} GiB  {number(found.needed / GIB, 2):>7}  "
+        if found.needed <= room:
+            lines.append(begin + say("plan.fits"))
+        elif other := fit(shape, recipe, precision, device, room):
+            lines += _folded(begin + say("plan.with") + " ", typed(other.changes))
+        else:
+            needed = _gib(least(shape, recipe, precision, device).told.needed)
+            lines.append(begin + say("plan.never", needed=needed))
+    return lines
+
+
+def _folded(begin: str, words: str, width: int = 80) -> list[str]:
+    """Words after a beginning, on more lines below it where they do not fit: cut between keys alone."""
+    lines = [begin.rstrip()]
+    for word in words.split():
+        if len(lines[-1]) + 1 + len(word) > width and lines[-1].strip():
+            lines.append(" " * 6 + word)
+        else:
+            lines[-1] += " " + word
+    return lines
+
+
+def _ways(recipe: Recipe, shape: Anatomy, here: Machine) -> list[str]:
+    """What to change for less memory here, each by itself."""
+    found = ways(shape, recipe, here.precision, here.device)
+    if not found:
+        return []
+    lines = ["", say("plan.ways")]
+    for way in found:
+        saved = f"−{number(way.saved / GIB, 2)} GiB"
+        lines += [f"  {typed(way.changes):<46} {saved:>12}", f"      {say(f'plan.price.{way.key}')}"]
+    return lines
+
+
+def _prices(recipe: Recipe, changes: Changes) -> list[str]:
+    """The names of what gives way, for the words that say what each costs."""
+    said = dict(changes)
+    names = {
+        "train.micro_batch": "smaller", "train.gradient_checkpointing": "checkpointing", "data.max_length": "shorter",
+        "train.optimizer": "eight_bits",
+    }  # fmt: skip
+    kinds = [str(said["method.kind"])] if "method.kind" in said else []
+    return [name for key, name in names.items() if key in said] + kinds
+
+
+def _prefixed(changes: Changes, training: str, several: bool) -> str:
+    """Changes as typed, `pretrain.train.micro_batch=1` where they are of one training among several."""
+    return typed(tuple((f"{training}.{key}" if several else key, value) for key, value in changes))
+
+
+def _gib(size: float) -> str:
+    return number(size / GIB, 2)
