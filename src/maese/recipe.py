@@ -85,11 +85,16 @@ class Data(Strict):
 
 
 class Method(Strict):
-    kind: Literal["full", "lora"] = "full"
+    kind: Literal["full", "lora", "qlora"] = "full"  # qlora: the base in 4 bits under the adapter
     rank: Count = 16
     alpha: Annotated[float, Field(strict=True, gt=0)] = 32
     dropout: Share = 0.0
     targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the base stays as it is and an adapter learns."""
+        return self.kind != "full"
 
 
 class Train(Strict):
@@ -99,7 +104,7 @@ class Train(Strict):
     accumulation: Count = 4  # micro-batches before the weights move
     lr: Annotated[float, Field(strict=True, gt=0, le=10)] = 1e-4
     weight_decay: Annotated[float, Field(strict=True, ge=0)] = 0.01
-    optimizer: Literal["adamw", "muon", "adamw8bit", "paged"] = "adamw"
+    optimizer: Literal["adamw", "muon", "adamw8bit", "paged", "paged32"] = "adamw"
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup: Share = 0.05  # share of the steps
     clip: Annotated[float, Field(strict=True, gt=0)] = 1.0  # largest norm of the gradient

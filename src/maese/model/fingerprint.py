@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from typing import Any
 
 
@@ -47,4 +48,10 @@ def untouched(model: Any):
 def parameters(model: Any) -> tuple[int, int]:
     """All parameters and those that train; shared ones are counted once."""
     every = list(model.parameters())
-    return sum(p.numel() for p in every), sum(p.numel() for p in every if p.requires_grad)
+    return sum(map(_size, every)), sum(p.numel() for p in every if p.requires_grad)
+
+
+def _size(parameter: Any) -> int:
+    """How many numbers it stands for: in 4 bits two of them share a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return math.prod(state.shape) if state is not None else parameter.numel()

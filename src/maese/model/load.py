@@ -107,8 +107,11 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def load_model(folder: Path, dtype: str = "fp32") -> Any:
-    """The causal model of a folder, in evaluation mode. `dtype` is that of the weights: fp32, bf16 or fp16."""
+def load_model(folder: Path, dtype: str = "fp32", **more: Any) -> Any:
+    """The causal model of a folder, in evaluation mode. `dtype` is that of the weights: fp32, bf16 or fp16.
+
+    `more` is for transformers: see `model.quant`.
+    """
     quiet()
     check(folder)
     import torch
@@ -119,7 +122,7 @@ def load_model(folder: Path, dtype: str = "fp32") -> Any:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=kind, use_safetensors=True, trust_remote_code=False, local_files_only=True,
-            output_loading_info=True,
+            output_loading_info=True, **more,
         )  # fmt: skip
     except SafetensorError as problem:
         raise MaeseError("MODEL-06", base=str(folder), reason=str(problem)[:80]) from problem
@@ -179,7 +182,10 @@ def quiet() -> None:
     talk.set_verbosity_error()
     talk.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(peft|torch|transformers|accelerate)(\..*)?")
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    # Where that package is installed, transformers and bitsandbytes fetch native code from the hub with it.
+    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # what Python takes for «not to be imported»
+    warnings.filterwarnings("ignore", module=r"(peft|torch|transformers|accelerate|bitsandbytes)(\..*)?")
 
 
 def _nearest(folder: Path) -> str:

@@ -65,7 +65,7 @@ def _save_weights(model: Any, folder: Path, recipe: Recipe, base: Path, weights:
         "recipe": recipe.name,
     }
     (folder / ABOUT).write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
-    if recipe.method.kind == "lora":
+    if recipe.method.adapts:
         # PEFT writes where the base was found, which for one of the hub is a folder of this machine's cache.
         path = folder / "adapter_config.json"
         config = json.loads(path.read_text("utf-8"))

@@ -140,7 +140,7 @@ def save(session: Session) -> None:
 
 def _beside(session: Session, model: Any) -> dict[str, bytes]:
     """What makes a checkpoint of a whole model one that can be opened and asked, as `final/` can."""
-    if session.recipe.method.kind == "lora" or not session.main:
+    if session.recipe.method.adapts or not session.main:
         return {}
     kept = {name: path.read_bytes() for name in TOKENIZER if (path := session.base / name).is_file()}
     return kept | {"config.json": model.config.to_json_string().encode()}

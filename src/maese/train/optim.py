@@ -13,7 +13,7 @@ from typing import Any, Literal
 from maese.errors import MaeseError
 from maese.recipe import Train
 
-Kind = Literal["adamw", "adamw8bit", "paged", "muon"]
+Kind = Literal["adamw", "adamw8bit", "paged", "paged32", "muon"]
 BETAS = (0.9, 0.999)
 DECAY = 0.2  # share of the steps in which wsd comes down
 
@@ -22,8 +22,8 @@ def optimizer(model: Any, train: Train, kind: Kind = "adamw") -> Any:
     """The optimizer over what trains, in fp32.
 
     adamw: Loshchilov and Hutter 2017, arXiv 1711.05101. adamw8bit: its state in 8 bits (Dettmers et al. 2021, arXiv
-    2110.02861), paged: the same, in memory that the card lends to the processor. muon: see `train.muon`.
-    Error: DEP-01 (8 bits without bitsandbytes).
+    2110.02861), paged: the same, in memory that a full card borrows from the processor, paged32: that with a state of
+    32 bits (Dettmers et al. 2023, arXiv 2305.14314). muon: see `train.muon`. Error: DEP-01 (without bitsandbytes).
     """
     return build(groups(model, train, kind), train, kind)
 
@@ -66,7 +66,8 @@ def build(groups: list[dict[str, Any]], train: Train, kind: Kind = "adamw") -> A
         from bitsandbytes import optim
     except ImportError:
         raise MaeseError("DEP-01", package="bitsandbytes", extra="qlora") from None
-    return (optim.PagedAdamW8bit if kind == "paged" else optim.AdamW8bit)(groups, **settings)
+    made = {"adamw8bit": "AdamW8bit", "paged": "PagedAdamW8bit", "paged32": "PagedAdamW32bit"}[kind]
+    return getattr(optim, made)(groups, **settings)
 
 
 def level(step: int, steps: int, train: Train) -> bool:

@@ -18,6 +18,7 @@ from maese import run as runs
 from maese.errors import Interrupted, MaeseError
 from maese.evaluate.likelihood import refuse_blended
 from maese.model import adapter, load
+from maese.model.quant import load_quantized
 from maese.plan.machine import Machine, allocator, machine
 from maese.recipe import Recipe, Train
 from maese.text import streams
@@ -147,7 +148,7 @@ def _open(
 
     if together.sharded:
         together.each(lambda: refuse_sharded(recipe))
-    base, tokenizer, model = together.each(lambda: _load(recipe, here))
+    base, tokenizer, model = together.each(lambda: _load(recipe, here, str(accelerator.device)))
 
     def ready() -> Prepared:
         return prepare(recipe.data, tokenizer, load.context_of(model), recipe.eval.prompts, _telling(watch))
@@ -158,7 +159,7 @@ def _open(
     if recipe.data.packing:
         together.each(lambda: refuse_blended(model, recipe.base))
     torch.manual_seed(recipe.train.seed)
-    if recipe.method.kind == "lora":
+    if recipe.method.adapts:
         model = together.each(lambda: adapter.add_lora(model, recipe.method))
     quicken(model)
     if recipe.train.gradient_checkpointing:
@@ -187,14 +188,15 @@ def _open(
     return session
 
 
-def _load(recipe: Recipe, here: Machine) -> tuple[Path, Any, Any]:
+def _load(recipe: Recipe, here: Machine, device: str) -> tuple[Path, Any, Any]:
     """The folder of the base, its tokenizer and its model, with which data can be prepared."""
     base = load.resolve(recipe.base)
     load.check(base)  # before the tokenizer, whose absence would be told instead
     tokenizer = load.load_tokenizer(base)
+    if recipe.method.kind == "qlora":
+        return base, tokenizer, load_quantized(base, here.precision, device)
     # Frozen weights can stay in few bits; what trains keeps 32, or small updates would be rounded away.
-    frozen = recipe.method.kind == "lora" and here.precision != "fp32"
-    return base, tokenizer, load.load_model(base, here.precision if frozen else "fp32")
+    return base, tokenizer, load.load_model(base, here.precision if recipe.method.adapts else "fp32")
 
 
 def _take(recipe: Recipe, run: runs.Run | None, here: Machine, processes: int) -> runs.Run:

@@ -44,7 +44,9 @@ def accelerator_of(here: Machine) -> Any:
 
 
 def refuse_sharded(recipe: Recipe) -> None:
-    """DIST-01 for an optimizer that needs whole matrices, which nobody has here."""
+    """DIST-01 for an optimizer that needs whole matrices, which nobody has here; QUANT-02 for a base in 4 bits."""
+    if recipe.method.kind == "qlora":  # its bytes are no numbers that could be put together again
+        raise MaeseError("QUANT-02")
     if recipe.train.optimizer != "adamw":
         raise MaeseError("DIST-01", found=recipe.train.optimizer)
 
