@@ -164,7 +164,6 @@ def test_an_adapter_over_4_bits_in_one_operation_is_the_one_of_peft(bases, kind,
 @pytest.mark.parametrize("kind", ["gpt2", "phi", "qwen3"])
 def test_all_our_ways_together_learn_what_peft_learns(bases, kind):
     """Documents without padding, the loss without logits, adapters in one operation: against padded rows of PEFT."""
-    import torch
     import torch.nn.functional as F
 
     from maese.evaluate.likelihood import loss_sum

@@ -72,6 +72,7 @@ class Data(Strict):
     sources: Annotated[list[Source], Field(min_length=1)]
     format: Literal["auto", "text", "qa", "alpaca", "prompt", "messages", "sharegpt"] = "auto"
     template: str = "plain"  # maese | instruccion | chatml | llama3 | mistral | gemma | plain | model | a .jinja file
+    marks: Literal["auto", "add"] = "auto"  # auto: a mark the tokenizer lacks is spelt out; add: it becomes a token
     loss: Literal["assistant", "last", "all"] = "assistant"  # which turns of a conversation are learnt
     max_length: Annotated[int, Field(strict=True, ge=8, le=131072)] = 256  # tokens in one example
     too_long: Literal["error", "drop", "truncate", "split"] = "error"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import re
 from typing import Any
 
 
@@ -18,10 +19,11 @@ def fingerprint(model: Any) -> str:
     digest = hashlib.sha256()
     adapters = adapters_on(model)
     named = (
-        (name.replace("base_model.model.", "").replace(".base_layer", ""), p) for name, p in model.named_parameters()
+        (re.sub(r"base_model\.model\.|\.base_layer|\.token_adapter", "", name), p)
+        for name, p in model.named_parameters()
     )
     for name, parameter in sorted(named, key=lambda pair: pair[0]):
-        if "lora_" in name and not adapters:
+        if re.search("lora_|trainable_tokens", name) and not adapters:
             continue
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
         raw = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)

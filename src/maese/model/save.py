@@ -54,7 +54,10 @@ def _save_weights(model: Any, folder: Path, recipe: Recipe, base: Path, weights:
     from safetensors import SafetensorError
 
     try:
-        model.save_pretrained(folder, safe_serialization=True, **({"state_dict": weights} if weights else {}))
+        more: dict[str, Any] = {"state_dict": weights} if weights else {}
+        if recipe.method.adapts:  # the rows of new tokens are in the adapter: not the whole embedding, as PEFT would
+            more["save_embedding_layers"] = False
+        model.save_pretrained(folder, safe_serialization=True, **more)
     except SafetensorError as problem:  # it wraps the system's own words about a full disk
         raise OSError(28, str(problem)) from problem
     in_folder = recipe.base not in INSIDE and Path(recipe.base).expanduser().is_dir()

@@ -39,8 +39,8 @@ def groups(model: Any, train: Train, kind: Kind = "adamw") -> list[dict[str, Any
     trainable = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trainable if p.ndim >= 2]
     words = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    words |= {id(p) for p in head.parameters()} if head is not None else set()
+    ends = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+    words |= {id(p) for end in ends if end is not None for p in end.parameters()}
     body = [p for p in matrices if kind == "muon" and p.ndim == 2 and id(p) not in words]
     turned = {id(p) for p in body}
     found = [

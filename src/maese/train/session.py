@@ -17,12 +17,13 @@ from maese import recipe as recipes
 from maese import run as runs
 from maese.errors import Interrupted, MaeseError
 from maese.evaluate.likelihood import refuse_blended
-from maese.model import adapter, load
+from maese.model import adapter, load, rows
 from maese.model.quant import load_quantized
 from maese.plan.machine import Machine, allocator, machine
 from maese.recipe import Recipe, Train
 from maese.text import streams
 from maese.tokens.batches import steps_per_epoch
+from maese.tokens.marks import add_marks
 from maese.tokens.pack import packed_rows
 from maese.tokens.prepare import Prepared, prepare
 from maese.train.compiling import compile_blocks, pays
@@ -148,7 +149,7 @@ def _open(
 
     if together.sharded:
         together.each(lambda: refuse_sharded(recipe))
-    base, tokenizer, model = together.each(lambda: _load(recipe, here, str(accelerator.device)))
+    base, tokenizer, model, new = together.each(lambda: _load(recipe, here, str(accelerator.device)))
 
     def ready() -> Prepared:
         return prepare(recipe.data, tokenizer, load.context_of(model), recipe.eval.prompts, _telling(watch))
@@ -160,7 +161,7 @@ def _open(
         together.each(lambda: refuse_blended(model, recipe.base))
     torch.manual_seed(recipe.train.seed)
     if recipe.method.adapts:
-        model = together.each(lambda: adapter.add_lora(model, recipe.method))
+        model = together.each(lambda: adapter.add_lora(model, recipe.method, tokenizer, new))
     quicken(model)
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -188,15 +189,21 @@ def _open(
     return session
 
 
-def _load(recipe: Recipe, here: Machine, device: str) -> tuple[Path, Any, Any]:
-    """The folder of the base, its tokenizer and its model, with which data can be prepared."""
+def _load(recipe: Recipe, here: Machine, device: str) -> tuple[Path, Any, Any, list[int]]:
+    """The folder of the base, its tokenizer and its model, with which data can be prepared, and the tokens it gets."""
     base = load.resolve(recipe.base)
     load.check(base)  # before the tokenizer, whose absence would be told instead
     tokenizer = load.load_tokenizer(base)
+    new = add_marks(tokenizer, recipe.data.template) if recipe.data.marks == "add" else []
     if recipe.method.kind == "qlora":
-        return base, tokenizer, load_quantized(base, here.precision, device)
-    # Frozen weights can stay in few bits; what trains keeps 32, or small updates would be rounded away.
-    return base, tokenizer, load.load_model(base, here.precision if recipe.method.adapts else "fp32")
+        model = load_quantized(base, here.precision, device)
+    else:  # frozen weights can stay in few bits; what trains keeps 32, or small updates would be rounded away
+        model = load.load_model(base, here.precision if recipe.method.adapts else "fp32")
+    if new:
+        rows.make_room(model, tokenizer, new)
+        if not recipe.method.adapts:
+            rows.write(model, tokenizer, new)
+    return base, tokenizer, model, new
 
 
 def _take(recipe: Recipe, run: runs.Run | None, here: Machine, processes: int) -> runs.Run:
