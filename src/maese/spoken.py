@@ -19,7 +19,7 @@ FALSE_FRIENDS = {
     "finetune": "train", "fine-tune": "train", "sft": "train", "run": "train", "entrenar": "train", "ajustar": "train",
     "infer": "generate", "generar": "generate", "escribir": "generate", "charlar": "chat", "comparar": "compare",
     "informe": "report", "continuar": "resume", "reanudar": "resume", "nuevo": "new", "datos": "data", "init": "new",
-    "list": "runs", "ls": "runs", "explicar": "explain",
+    "list": "runs", "ls": "runs", "explicar": "explain", "merge": "export", "exportar": "export",
 }  # fmt: skip
 ESSENTIAL = ("base", "data.sources", "train.epochs", "train.lr", "train.micro_batch", "method.kind", "output")
 GROUPS = {
@@ -29,6 +29,7 @@ GROUPS = {
     "use": ("generate", "chat"),
     "look": ("inspect",),
     "measure": ("compare", "compare-architectures", "report"),
+    "out": ("export",),
 }
 
 
