@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from maese.errors import MaeseError
+from maese.model.gguf import PACKAGED, packaged, unpacked
 from maese.recipe import INSIDE
 from maese.say import say
 
@@ -32,16 +33,20 @@ def resolve(base: str) -> Path:
     """The folder of a base. A hub id may name a revision: `owner/name@main`.
 
     Before the network is used, that is said aloud. Errors: MODEL-01 (not found, or no network), MODEL-02 (the hub
-    asks for permission), MODEL-03 (only unsafe formats).
+    asks for permission), MODEL-03 (only unsafe formats), those of `model.gguf`.
     """
     if base in INSIDE:
         return INSIDE[base]
+    if base in PACKAGED:
+        return packaged(base)
     folder = Path(base).expanduser()
     if folder.is_dir():
         return folder
+    if folder.suffix == ".gguf" and folder.is_file():
+        return unpacked(folder)
     nearest = _nearest(folder)
     # «embeded» is a slip of the hand, not a model to be asked for on the network.
-    slip = "/" not in base and difflib.get_close_matches(base, INSIDE, cutoff=0.7)
+    slip = "/" not in base and difflib.get_close_matches(base, [*INSIDE, *PACKAGED], cutoff=0.7)
     if slip or not HUB_ID.fullmatch(base):
         raise MaeseError("MODEL-01", base=base, reason=say("model.no_folder"), nearest=nearest)
     return _from_hub(base, nearest)

@@ -243,7 +243,8 @@ def anywhere(recipe: Recipe) -> Recipe:
     }
     data = recipe.data.model_copy(update=changes)
     folder = Path(recipe.base).expanduser()
-    name = str(folder.absolute()) if recipe.base not in recipes.INSIDE and folder.is_dir() else recipe.base
+    own = folder.is_dir() or (folder.suffix == ".gguf" and folder.is_file())
+    name = str(folder.absolute()) if recipe.base not in recipes.INSIDE and own else recipe.base
     looks = (
         recipe.eval.model_copy(update={"general": found(recipe.eval.general)}) if recipe.eval.general else recipe.eval
     )
