@@ -286,7 +286,7 @@ def test_under_a_ceiling_the_first_way_out_is_a_higher_one(recipe):
 def test_what_is_done_already_is_not_proposed(recipe):
     chosen = recipe("method.kind=lora", "train.gradient_checkpointing=true", "data.max_length=64")
     repairs = parts_of(chosen, "cpu", 1.0).facts["repairs"].splitlines()
-    assert [shlex.split(line)[4] for line in repairs] == ["data.max_length=32"]
+    assert [shlex.split(line)[4] for line in repairs] == ["data.max_length=32", "method.kind=qlora"]
 
 
 def test_with_several_processes_a_step_is_not_redone(recipe):

@@ -277,6 +277,20 @@ def report(ctx: click.Context, run: str) -> None:
     click.echo(found.report / "index.html")
 
 
+@cli.command(help=say("cli.export.help"))
+@click.argument("run", metavar=say("cli.metavar.run"))
+@click.argument("folder", type=click.Path(path_type=Path), metavar=say("cli.metavar.path"))
+@click.option(
+    "--dtype", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", help=say("cli.export.dtype")
+)
+@click.pass_context
+def export(ctx: click.Context, run: str, folder: Path, dtype: str) -> None:
+    from maese import terminal
+    from maese.model.merge import merge
+
+    terminal.merged(merge(run, folder, dtype), **ctx.obj)
+
+
 def run(arguments: list[str]) -> int:
     """The whole command line: runs it and turns what went wrong into words. Returns the exit code."""
     try:

@@ -72,6 +72,7 @@ class Data(Strict):
     sources: Annotated[list[Source], Field(min_length=1)]
     format: Literal["auto", "text", "qa", "alpaca", "prompt", "messages", "sharegpt"] = "auto"
     template: str = "plain"  # maese | instruccion | chatml | llama3 | mistral | gemma | plain | model | a .jinja file
+    marks: Literal["auto", "add"] = "auto"  # auto: a mark the tokenizer lacks is spelt out; add: it becomes a token
     loss: Literal["assistant", "last", "all"] = "assistant"  # which turns of a conversation are learnt
     max_length: Annotated[int, Field(strict=True, ge=8, le=131072)] = 256  # tokens in one example
     too_long: Literal["error", "drop", "truncate", "split"] = "error"
@@ -85,11 +86,16 @@ class Data(Strict):
 
 
 class Method(Strict):
-    kind: Literal["full", "lora"] = "full"
+    kind: Literal["full", "lora", "qlora"] = "full"  # qlora: the base in 4 bits under the adapter
     rank: Count = 16
     alpha: Annotated[float, Field(strict=True, gt=0)] = 32
     dropout: Share = 0.0
     targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the base stays as it is and an adapter learns."""
+        return self.kind != "full"
 
 
 class Train(Strict):
@@ -99,7 +105,7 @@ class Train(Strict):
     accumulation: Count = 4  # micro-batches before the weights move
     lr: Annotated[float, Field(strict=True, gt=0, le=10)] = 1e-4
     weight_decay: Annotated[float, Field(strict=True, ge=0)] = 0.01
-    optimizer: Literal["adamw", "muon", "adamw8bit", "paged"] = "adamw"
+    optimizer: Literal["adamw", "muon", "adamw8bit", "paged", "paged32"] = "adamw"
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup: Share = 0.05  # share of the steps
     clip: Annotated[float, Field(strict=True, gt=0)] = 1.0  # largest norm of the gradient

@@ -20,6 +20,7 @@ FALSE_FRIENDS = {
     "infer": "generate", "generar": "generate", "escribir": "generate", "charlar": "chat", "comparar": "compare",
     "informe": "report", "continuar": "resume", "reanudar": "resume", "nuevo": "new", "datos": "data", "init": "new",
     "list": "runs", "memory": "plan", "estimate": "plan", "planear": "plan", "ls": "runs", "explicar": "explain",
+    "merge": "export", "exportar": "export",
 }  # fmt: skip
 ESSENTIAL = ("base", "data.sources", "train.epochs", "train.lr", "train.micro_batch", "method.kind", "output")
 GROUPS = {
@@ -29,6 +30,7 @@ GROUPS = {
     "use": ("generate", "chat"),
     "look": ("inspect",),
     "measure": ("compare", "compare-architectures", "report"),
+    "out": ("export",),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as jsons
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,17 @@ def write_papers(run: Run) -> dict[str, Any]:
     curves.plot(run)
     page.write(run)
     return facts.facts(run)
+
+
+def merged(made: Any, json: bool = False, quiet: int = 0) -> None:
+    """Where a model went, and how far its logits are from those of base and adapter."""
+    if json:
+        sys.stdout.write(jsons.dumps(asdict(made) | {"path": str(made.path)}, ensure_ascii=False) + "\n")
+        return
+    sys.stdout.write(f"{made.path}\n")
+    facts = {"path": str(made.path), "dtype": made.dtype, "size": number(made.bytes / 1e6, 1), "tokens": made.tokens}
+    shares = {"difference": percent(made.difference, 4), "tolerance": percent(made.tolerance, 2)}
+    talk(say("export.done", **facts, **shares), json, quiet)
 
 
 def close(run: Run, json: bool = False, quiet: int = 0) -> None:
@@ -76,8 +88,6 @@ def comparison(result: dict[str, Any], json: bool = False, quiet: int = 0) -> No
 def verified(done: Any, json: bool = False, quiet: int = 0) -> None:
     """Whether steps done again came out as they were."""
     if json:
-        from dataclasses import asdict
-
         sys.stdout.write(jsons.dumps(asdict(done) | {"same": done.same}, ensure_ascii=False) + "\n")
         return
     facts = {"first": done.first, "last": done.last}

@@ -35,7 +35,7 @@ def loss_sum(model: Any, batch: dict[str, Any], compiled: bool = False) -> Any:
     if head := head_of(model):
         hidden_BTD, rest = hidden_states(model, head, seen)
         # FSDP2 leaves the head whole after the pass, unless it was told otherwise.
-        if hidden_BTD is not None and not in_pieces(head.module):
+        if hidden_BTD is not None and not in_pieces(head.matrix):
             return head.loss(learnt(hidden_BTD), targets, rest, compiled)
         logits_BTV = rest if hidden_BTD is None else model(**seen, use_cache=False).logits
     else:

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from maese.errors import MaeseError
-from maese.model.load import quiet, weights_hash
+from maese.model import rows
+from maese.model.load import load_tokenizer, quiet, weights_hash
 from maese.recipe import Method
+from maese.tokens.marks import added
 
 ABOUT = "maese.json"
 
 
-def add_lora(model: Any, method: Method) -> Any:
-    """The model with fresh adapters; only they will train.
+def add_lora(model: Any, method: Method, tokenizer: Any = None, new: list[int] | tuple[int, ...] = ()) -> Any:
+    """The model with fresh adapters; only they will train, and with them the rows of `new` tokens of its tokenizer.
 
     Errors: ADAPT-02 (a target the model does not have), ADAPT-03 (PEFT takes none there).
     """
@@ -28,12 +31,15 @@ def add_lora(model: Any, method: Method) -> Any:
     from transformers.pytorch_utils import Conv1D
 
     targets = method.targets
+    more = rows.settings(model, list(new)) if new else {}
     if targets != "all-linear":
         present = linear_names(model)
         missing = [name for name in targets if name not in present]
         if missing:
             near = difflib.get_close_matches(missing[0], sorted(present), n=1, cutoff=0)
             raise MaeseError("ADAPT-02", target=missing[0], present=", ".join(sorted(present)), nearest=near[0])
+    if head := more.pop("head", None):
+        targets = sorted({head, *(linear_names(model) if targets == "all-linear" else targets)})
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=method.rank,
@@ -42,13 +48,17 @@ def add_lora(model: Any, method: Method) -> Any:
         target_modules=targets,
         # GPT-2 keeps its matrices transposed.
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        **more,
     )
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as problem:  # what PEFT knows that a family cannot bear, as Mamba's out_proj
         raise MaeseError(
             "ADAPT-03", family=model.config.model_type, reason=str(problem).splitlines()[0][:160]
         ) from problem
+    if new:
+        rows.begin(adapted, tokenizer, list(new))
+    return adapted
 
 
 def linear_names(model: Any) -> set[str]:
@@ -67,7 +77,7 @@ def linear_names(model: Any) -> set[str]:
 def attach(model: Any, folder: Path, base: Path, name: str | None = None) -> Any:
     """The model with the adapter of a folder, frozen, beside those it has already if it is given a `name` of its own.
 
-    Errors: ADAPT-01 (trained over other weights), MODEL-03 (unsafe file).
+    Errors: ADAPT-01 (trained over other weights), MODEL-03 (unsafe file), TOKEN-06 (tokens without their rows).
     """
     quiet()
     from peft import PeftModel
@@ -77,6 +87,7 @@ def attach(model: Any, folder: Path, base: Path, name: str | None = None) -> Any
             "MODEL-03", base=str(folder), files=", ".join(p.name for p in sorted(folder.glob("*.bin"))) or "—"
         )
     check_base(folder, base)
+    _make_room(model, folder, base)
     try:
         if name is None:
             return PeftModel.from_pretrained(model, str(folder)).eval()
@@ -104,6 +115,32 @@ def _narrow(model: Any, folder: Path, name: str) -> None:
     for path, parameter in model.named_parameters():
         if dtype and ".lora_" in path and f".{name}." in path:
             parameter.data = parameter.data.to(dtype)
+
+
+def _make_room(model: Any, folder: Path, base: Path) -> None:
+    """Let the model have rows for the tokens that came with an adapter, which must bring what they learnt."""
+    if not (folder / "tokenizer.json").is_file():
+        return
+    tokenizer = load_tokenizer(folder)
+    new = added(tokenizer, load_tokenizer(base))
+    if missing := sorted(set(new) - _trained(folder)):
+        tokens = ", ".join(tokenizer.convert_ids_to_tokens(missing[:4]))
+        raise MaeseError("TOKEN-06", adapter=str(folder), tokens=tokens, n=len(missing))
+    rows.make_room(model, tokenizer, new)
+
+
+def _trained(folder: Path) -> set[int]:
+    """The tokens whose rows an adapter holds, by PEFT's notes; all, where it holds an embedding whole."""
+    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    listed = config.get("trainable_token_indices") or []
+    if isinstance(listed, dict):
+        listed = [token for ids in listed.values() for token in ids]
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # it is no dict
+    whole = [shape[0] for name, shape in shapes.items() if re.search(r"(embed\w*|wte)\.weight$", name)]
+    return {*listed, *range(max(whole, default=0))}
 
 
 def check_base(folder: Path, base: Path) -> None:

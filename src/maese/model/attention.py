@@ -204,7 +204,7 @@ def unpadded(model: Any, longest: int) -> bool:
 def _keeps_apart(model: Any, longest: int) -> bool:
     """Whether a document notices nothing of its neighbours nor of what comes later, and is what it is alone."""
     device = next(model.parameters()).device
-    vocabulary = causal_of(model).get_input_embeddings().num_embeddings
+    vocabulary = len(causal_of(model).get_input_embeddings().weight)
     spans = (range(9), [3], range(9, 20), range(20, 26))
     first, word, other, last = ([i % vocabulary for i in ids] for ids in spans)
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
+import re
 from typing import Any
 
 
@@ -17,7 +19,7 @@ def fingerprint(model: Any) -> str:
     digest = hashlib.sha256()
     speaking = _speaking(model)
     named = (
-        (_own(name.replace("base_model.model.", "").replace(".base_layer", ""), speaking), p)
+        (_own(re.sub(r"base_model\.model\.|\.base_layer|\.token_adapter", "", name), speaking), p)
         for name, p in model.named_parameters()
     )
     for name, parameter in sorted((pair for pair in named if pair[0]), key=lambda pair: pair[0]):
@@ -29,12 +31,10 @@ def fingerprint(model: Any) -> str:
 
 def _own(name: str, speaking: set[str]) -> str:
     """The name of a weight without that of its adapter, so that one adapter is the same under any; empty: it is off."""
-    before, mark, after = name.partition(".lora_")
-    kind, _, rest = after.partition(".")
-    adapter, _, leaf = rest.partition(".")
-    if mark and adapter not in speaking:
-        return ""
-    return f"{before}{mark}{kind}.{leaf}" if mark else name
+    found = re.search(r"\.(lora_\w+|trainable_tokens_\w+)\.([^.]+)(\.[^.]+)?$", name)
+    if not found:
+        return name
+    return f"{name[: found.start()]}.{found[1]}{found[3] or ''}" if found[2] in speaking else ""
 
 
 def _speaking(model: Any) -> set[str]:
@@ -64,4 +64,10 @@ def untouched(model: Any):
 def parameters(model: Any) -> tuple[int, int]:
     """All parameters and those that train; shared ones are counted once."""
     every = list(model.parameters())
-    return sum(p.numel() for p in every), sum(p.numel() for p in every if p.requires_grad)
+    return sum(map(_size, every)), sum(p.numel() for p in every if p.requires_grad)
+
+
+def _size(parameter: Any) -> int:
+    """How many numbers it stands for: in 4 bits two of them share a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return math.prod(state.shape) if state is not None else parameter.numel()

@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
+
+from maese.model.rows import in_use, replaced, rows_now
 
 # Bytes of logits that exist at once: enough rows to keep a matrix product busy, and no more.
 BUDGET = {"cpu": 48 << 20, "cuda": 128 << 20}
@@ -36,20 +38,25 @@ TILE = 4096
 class Head:
     """The last matrix of a causal model, and what becomes of its logits: `cap * tanh(scale * (Wh + b) / cap)`."""
 
-    module: torch.nn.Linear
+    module: Any  # what the model calls
+    matrix: torch.nn.Linear  # the same, or what is under an adapter that replaces the rows of some tokens
     scale: float = 1.0
     softcap: float | None = None
+    tokens_K: torch.Tensor | None = None  # those tokens
 
     def loss(
         self, hidden_ND: torch.Tensor, targets_N: torch.Tensor, dtype: torch.dtype, compiled: bool = False
     ) -> torch.Tensor:
         """`chunked_loss` through this head, multiplied in `dtype`; `compiled` has its softmax so where that pays."""
-        bias_V: torch.Tensor | None = self.module.bias
+        bias_V: torch.Tensor | None = self.matrix.bias
+        rows_KD = None if self.tokens_K is None else rows_now(self.module, self.tokens_K)
         if self.scale != 1.0:  # on the narrow side of the product
             hidden_ND = hidden_ND * self.scale
             bias_V = bias_V if bias_V is None else bias_V * self.scale
         compiled = compiled and hidden_ND.device.type == "cuda"
-        return chunked_loss(hidden_ND, self.module.weight, bias_V, targets_N, self.softcap, dtype, compiled)
+        return chunked_loss(
+            hidden_ND, self.matrix.weight, bias_V, targets_N, self.softcap, dtype, compiled, self.tokens_K, rows_KD
+        )  # fmt: skip
 
 
 def chunked_loss(
@@ -60,24 +67,28 @@ def chunked_loss(
     softcap: float | None = None,
     dtype: torch.dtype | None = None,
     compiled: bool = False,
+    tokens_K: torch.Tensor | None = None,
+    rows_KD: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of `hidden @ weight.T + bias` against the targets, summed, in fp32 (nats).
 
     Products are made in `dtype` (that of the weight if not said), softmax and sums in fp32. The gradients are made
     along with the loss, so backward() costs no product more; it may be called once. `compiled` fuses the softmax: it
-    pays on CUDA, and without a compiler the plain one is used. The idea: Wijmans et al. 2024, arXiv 2411.09009.
+    pays on CUDA, and without a compiler the plain one is used. `rows_KD` stand in the place of those of `tokens_K`.
+    The idea: Wijmans et al. 2024, arXiv 2411.09009.
     """
     learn = torch.is_grad_enabled()
     hidden_ND = hidden_ND.to(dtype or weight_VD.dtype)
-    return _Chunked.apply(hidden_ND, weight_VD, bias_V, targets_N, softcap, learn, compiled)
+    return _Chunked.apply(hidden_ND, weight_VD, bias_V, targets_N, softcap, learn, compiled, tokens_K, rows_KD)
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, bias_V, targets_N, softcap, learn, compiled):
+    def forward(ctx, hidden_ND, weight_VD, bias_V, targets_N, softcap, learn, compiled, tokens_K, rows_KD):
         device, dtype = hidden_ND.device.type, hidden_ND.dtype
         wants_h, wants_w, wants_b = (learn and wanted for wanted in ctx.needs_input_grad[:3])
-        learn = wants_h or wants_w or wants_b
+        wants_r = learn and ctx.needs_input_grad[8]
+        learn = wants_h or wants_w or wants_b or wants_r
         softmax = _compiled() if compiled else _softmax_in_cache if device == "cpu" else _softmax
         wide = torch.promote_types(dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=hidden_ND.device)
@@ -86,20 +97,32 @@ class _Chunked(torch.autograd.Function):
         fresh = torch.empty_like if len(hidden_ND) else torch.zeros_like
         grad_w = fresh(weight_VD, dtype=wide) if wants_w else None
         grad_b = torch.zeros_like(bias_V, dtype=wide) if wants_b else None
-        ctx.dtypes = [dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype]
+        grad_r = torch.zeros_like(rows_KD, dtype=wide) if wants_r else None
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden_ND, weight_VD, bias_V, rows_KD)]
+        rows_KD = None if rows_KD is None else rows_KD.to(dtype)
         weight_VD, bias_V = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
         # Whoever called may be inside autocast; here every product already has the dtype it should have.
         with torch.autocast(device, enabled=False):
             for at in _chunks(len(hidden_ND), weight_VD):
                 logits = F.linear(hidden_ND[at], weight_VD, bias_V)
+                if rows_KD is not None:
+                    offset = None if bias_V is None else bias_V[tokens_K]
+                    logits.index_copy_(1, tokens_K, F.linear(hidden_ND[at], rows_KD, offset))
                 loss += softmax(logits, targets_N[at], softcap, learn)
-                if grad_h is not None:
-                    torch.mm(logits, weight_VD, out=grad_h[at])
-                if grad_w is not None:
-                    _add_product(grad_w, logits, hidden_ND[at], first=at.start == 0)
                 if grad_b is not None:
                     grad_b += logits.sum(0, dtype=wide)
-        ctx.save_for_backward(grad_h, grad_w, grad_b)
+                if learn and rows_KD is not None:  # what is of other rows is nothing to the matrix
+                    apart_NK = logits[:, tokens_K]
+                    logits.index_fill_(1, tokens_K, 0)
+                    if grad_r is not None:
+                        grad_r += apart_NK.t() @ hidden_ND[at]
+                if grad_h is not None:
+                    torch.mm(logits, weight_VD, out=grad_h[at])
+                    if rows_KD is not None:
+                        grad_h[at].addmm_(apart_NK, rows_KD)
+                if grad_w is not None:
+                    _add_product(grad_w, logits, hidden_ND[at], first=at.start == 0)
+        ctx.save_for_backward(grad_h, grad_w, grad_b, grad_r)
         return loss
 
     @staticmethod
@@ -112,7 +135,8 @@ class _Chunked(torch.autograd.Function):
             out = tensor if tensor.dtype == dtype else torch.empty_like(tensor, dtype=dtype)
             return torch.mul(tensor, grad, out=out)
 
-        return *map(scaled, ctx.saved_tensors, ctx.dtypes), None, None, None, None
+        *found, rows = map(scaled, ctx.saved_tensors, ctx.dtypes)
+        return *found, None, None, None, None, None, rows
 
 
 def _chunks(rows: int, weight_VD: torch.Tensor) -> list[slice]:
@@ -202,23 +226,24 @@ def head_of(model: Any) -> Head | None:
     """
     inner = causal_of(model)
     module: Any = getattr(inner, "get_output_embeddings", lambda: None)()
+    known = _KNOWN.get(inner)
     # With pieces of it on other processes only what was known before it was cut can be told.
     if module is not None and (in_pieces(module) or hasattr(module, "set_requires_gradient_sync")):
-        known = _KNOWN.get(inner)
         return known if known and known.module is module else None
-    # Adapters on the head, or few bits: each has its own way to multiply.
-    plain = type(module) is torch.nn.Linear and module.weight.numel()
-    if not plain or module.weight.device.type == "meta":
-        return None
-    known = _KNOWN.get(inner)
     if inner not in _KNOWN or (known and known.module is not module):
-        _KNOWN[inner] = _tried(inner, module)
-    return _KNOWN[inner]
+        # Other adapters on the head, or few bits: each has its own way to multiply.
+        matrix, tokens_K = (module, None) if type(module) is torch.nn.Linear else replaced(module) or (None, None)
+        plain = type(matrix) is torch.nn.Linear and matrix.weight.numel()
+        if not plain or matrix.weight.device.type == "meta":
+            return None
+        known = _KNOWN[inner] = _tried(inner, Head(module, matrix, tokens_K=tokens_K))
+    # Where they may be off or merged since then.
+    return None if known and known.tokens_K is not None and in_use(module) is None else known
 
 
 def in_pieces(module: Any) -> bool:
     """Whether the weight of a head lies in pieces now: FSDP2 puts it together for each pass."""
-    return hasattr(getattr(module, "weight", None), "device_mesh")
+    return hasattr(module._parameters.get("weight"), "device_mesh")
 
 
 def hidden_states(model: Any, head: Head, seen: dict[str, Any]) -> tuple[torch.Tensor | None, Any]:
@@ -229,8 +254,8 @@ def hidden_states(model: Any, head: Head, seen: dict[str, Any]) -> tuple[torch.T
     """
     caught: list[tuple[torch.Tensor, torch.dtype]] = []
 
-    def catch(module: Any, inputs: Any) -> Any:
-        caught.append((inputs[0], _dtype(module, inputs[0])))
+    def catch(_module: Any, inputs: Any) -> Any:
+        caught.append((inputs[0], _dtype(head.matrix, inputs[0])))
         return (inputs[0][:, :0],)
 
     handle = head.module.register_forward_pre_hook(catch)
@@ -255,14 +280,14 @@ def causal_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
-def _tried(model: Any, module: torch.nn.Linear) -> Head | None:
-    device, modes = module.weight.device, [(part, part.training) for part in model.modules()]
-    ids = torch.arange(8, device=device)[None] % module.weight.shape[0]
+def _tried(model: Any, head: Head) -> Head | None:
+    device, modes = head.matrix.weight.device, [(part, part.training) for part in model.modules()]
+    ids = torch.arange(8, device=device)[None] % head.matrix.weight.shape[0]
     model.eval()
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = _matching(model, module, ids)
+            found = _matching(model, head, ids)
             # A model that cannot go on with no logits is not one for us either.
             return found if found and hidden_states(model, found, {"input_ids": ids})[0] is not None else None
     except Exception:  # whatever an unusual model does not bear, the plain way is right for it
@@ -272,18 +297,19 @@ def _tried(model: Any, module: torch.nn.Linear) -> Head | None:
             part.training = training
 
 
-def _matching(model: Any, module: torch.nn.Linear, ids: torch.Tensor) -> Head | None:
-    """The head whose logits are the model's own, if one of those we know is."""
+def _matching(model: Any, head: Head, ids: torch.Tensor) -> Head | None:
+    """The head, with the scale and cap whose logits are the model's own, if one of those we know is."""
     shown: list[tuple[torch.Tensor, torch.dtype]] = []
 
     def enlarge(_module: Any, inputs: Any) -> Any:
         hidden = inputs[0]
         with torch.autocast(hidden.device.type, enabled=False):
-            largest = float(F.linear(hidden.float(), module.weight.float()).abs().max())
-        shown.append((hidden * (50 / max(largest, 1e-6)), _dtype(module, hidden)))
+            largest = float(F.linear(hidden.float(), matrix.weight.float()).abs().max())
+        shown.append((hidden * (50 / max(largest, 1e-6)), _dtype(matrix, hidden)))
         return (shown[-1][0],)
 
-    handle = module.register_forward_pre_hook(enlarge)
+    matrix = head.matrix
+    handle = head.module.register_forward_pre_hook(enlarge)
     try:
         said = model(input_ids=ids, use_cache=False).logits.float()
     finally:
@@ -291,8 +317,12 @@ def _matching(model: Any, module: torch.nn.Linear, ids: torch.Tensor) -> Head | 
     if len(shown) != 1 or shown[0][0].shape[:-1] != ids.shape:
         return None
     hidden, dtype = shown[0]
-    bias = None if module.bias is None else module.bias.float()
-    logits = F.linear(hidden.float(), module.weight.float(), bias)
+    bias = None if matrix.bias is None else matrix.bias.float()
+    logits = F.linear(hidden.float(), matrix.weight.float(), bias)
+    if head.tokens_K is not None:
+        rows = rows_now(head.module, head.tokens_K).float()
+        offset = None if bias is None else bias[head.tokens_K]
+        logits.index_copy_(-1, head.tokens_K, F.linear(hidden.float(), rows, offset))
     config = model.config.get_text_config()
     divisor, factor = getattr(config, "logits_scaling", None), getattr(config, "logit_scale", None)
     softcap = getattr(config, "final_logit_softcapping", None)
@@ -301,5 +331,5 @@ def _matching(model: Any, module: torch.nn.Linear, ids: torch.Tensor) -> Head | 
         ours = ours if softcap is None else softcap * torch.tanh(ours / softcap)
         # Logits in 16 bits are rounded by 0.2 %.
         if float((ours - said).norm() / said.norm()) < (1e-4 if dtype == torch.float32 else 1e-2):
-            return Head(module, scale, softcap)
+            return replace(head, scale=scale, softcap=softcap)
     return None

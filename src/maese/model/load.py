@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from maese.errors import MaeseError
+from maese.model.gguf import PACKAGED, packaged, unpacked
 from maese.recipe import INSIDE
 from maese.say import say
 
@@ -33,16 +34,20 @@ def resolve(base: str) -> Path:
     """The folder of a base. A hub id may name a revision: `owner/name@main`.
 
     Before the network is used, that is said aloud. Errors: MODEL-01 (not found, or no network), MODEL-02 (the hub
-    asks for permission), MODEL-03 (only unsafe formats).
+    asks for permission), MODEL-03 (only unsafe formats), those of `model.gguf`.
     """
     if base in INSIDE:
         return INSIDE[base]
+    if base in PACKAGED:
+        return packaged(base)
     folder = Path(base).expanduser()
     if folder.is_dir():
         return folder
+    if folder.suffix == ".gguf" and folder.is_file():
+        return unpacked(folder)
     nearest = _nearest(folder)
     # «embeded» is a slip of the hand, not a model to be asked for on the network.
-    slip = "/" not in base and difflib.get_close_matches(base, INSIDE, cutoff=0.7)
+    slip = "/" not in base and difflib.get_close_matches(base, [*INSIDE, *PACKAGED], cutoff=0.7)
     if slip or not HUB_ID.fullmatch(base):
         raise MaeseError("MODEL-01", base=base, reason=say("model.no_folder"), nearest=nearest)
     return _from_hub(base, nearest)
@@ -108,8 +113,11 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def load_model(folder: Path, dtype: str = "fp32") -> Any:
-    """The causal model of a folder, in evaluation mode. `dtype` is that of the weights: fp32, bf16 or fp16."""
+def load_model(folder: Path, dtype: str = "fp32", **more: Any) -> Any:
+    """The causal model of a folder, in evaluation mode. `dtype` is that of the weights: fp32, bf16 or fp16.
+
+    `more` is for transformers: see `model.quant`.
+    """
     quiet()
     check(folder)
     import torch
@@ -120,7 +128,7 @@ def load_model(folder: Path, dtype: str = "fp32") -> Any:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=kind, use_safetensors=True, trust_remote_code=False, local_files_only=True,
-            output_loading_info=True,
+            output_loading_info=True, **more,
         )  # fmt: skip
     except SafetensorError as problem:
         raise MaeseError("MODEL-06", base=str(folder), reason=str(problem)[:80]) from problem
@@ -185,9 +193,11 @@ def quiet() -> None:
 
     talk.set_verbosity_error()
     talk.disable_progress_bar()
-    for name in ("accelerate", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(peft|torch|transformers|accelerate)(\..*)?")
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    # Where that package is installed, transformers and bitsandbytes fetch native code from the hub with it.
+    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # what Python takes for «not to be imported»
+    warnings.filterwarnings("ignore", module=r"(peft|torch|transformers|accelerate|bitsandbytes)(\..*)?")
 
 
 def _nearest(folder: Path) -> str:

@@ -6,7 +6,7 @@ Three things that libraries do in many small steps, each of them a trip of a who
 and Phi write their GELU as eight operations where torch has one; Llama, Qwen and their kin write RMSNorm as five. PEFT
 turns an activation into fp32 to multiply it in bf16, scales and adds what comes out in copies, and keeps them all for
 the way back; here an adapter is one operation that keeps its input, which the frozen matrix shares, and the few
-numbers in the middle.
+numbers in the middle. A matrix in 4 bits (`model.quant`) is unfolded for each of its two products and never kept.
 
 N tokens, I and O the width of what comes in and goes out, R the rank.
 """
@@ -19,14 +19,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
+from maese.model.rows import quicken_rows
+
 
 def quicken(model: Any) -> int:
     """Shorten what can be shortened, in place; returns how many modules were. Saved files and names stay the same."""
-    changed = 0
+    changed = quicken_rows(model)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is NewGELUActivation:  # the tanh form of Hendrycks and Gimpel 2016, arXiv 1606.08415
@@ -35,10 +38,25 @@ def quicken(model: Any) -> int:
             if _is_rms(child):
                 setattr(module, name, Norm(child))
                 changed += 1
-        if type(module) is LoraLinear and type(module.get_base_layer()) in (torch.nn.Linear, Conv1D):
+        if _plain(module):
             module.forward = partial(_forward, module, module.forward)  # type: ignore[method-assign]  # on purpose
             changed += 1
     return changed
+
+
+def _plain(module: Any) -> bool:
+    """Whether a module is an adapter over a matrix that is multiplied as it is, or unfolded from 4 bits for it."""
+    if not isinstance(module, LoraLayer):
+        return False
+    base = module.get_base_layer()
+    if type(module) is LoraLinear:
+        return type(base) in (torch.nn.Linear, Conv1D)
+    return type(module).__name__ == "Linear4bit" and _state(base) is not None
+
+
+def _state(base: Any) -> Any:
+    """How the weight of a layer was put into 4 bits, or None."""
+    return getattr(base.weight, "quant_state", None)
 
 
 def _is_rms(module: Any) -> bool:
@@ -102,15 +120,21 @@ def _forward(layer: Any, usual: Any, x: Tensor, *args: Any, **kwargs: Any) -> Te
     if base.weight.requires_grad or a_RI.bias is not None or b_OR.bias is not None:
         return usual(x)
     kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.weight.dtype
-    x = x.to(dtype)
+    state = _state(base)
+    dtype = base.weight.dtype if state is None else base.compute_dtype
+    if state is None and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    given, x = x.dtype, x.to(dtype)
     dropout = layer.lora_dropout[name]
     dropped = x if isinstance(dropout, torch.nn.Identity) or not dropout.training else dropout(x)
     weight_OI = base.weight.t() if isinstance(base, Conv1D) else base.weight
     bias_O = None if base.bias is None else base.bias.to(dtype)
-    return _Adapted.apply(
-        x, dropped, weight_OI.to(dtype), bias_O, a_RI.weight, b_OR.weight, float(layer.scaling[name])
+    if state is None:
+        weight_OI = weight_OI.to(dtype)
+    out: Tensor = _Adapted.apply(
+        x, dropped, weight_OI, bias_O, a_RI.weight, b_OR.weight, float(layer.scaling[name]), state
     )  # fmt: skip
+    return out if state is None else out.to(given)
 
 
 class _Adapted(torch.autograd.Function):
@@ -121,14 +145,14 @@ class _Adapted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dropped: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor,
-                b_OR: Tensor, scale: float) -> Tensor:  # fmt: skip
+                b_OR: Tensor, scale: float, state: Any) -> Tensor:  # fmt: skip
         with torch.autocast(x.device.type, enabled=False):
             a, b = a_RI.to(x.dtype), (b_OR * scale).to(x.dtype)
             middle = F.linear(dropped, a)
-            out = F.linear(x, weight_OI, bias_O)
+            out = F.linear(x, weight_OI, bias_O) if state is None else _in_4_bits(x, weight_OI, bias_O, state)
             out += F.linear(middle, b)
         ctx.save_for_backward(dropped, middle, weight_OI, a, b)
-        ctx.scale, ctx.same, ctx.dtypes = scale, dropped is x, (a_RI.dtype, b_OR.dtype)
+        ctx.scale, ctx.same, ctx.dtypes, ctx.state = scale, dropped is x, (a_RI.dtype, b_OR.dtype), state
         return out
 
     @staticmethod
@@ -137,6 +161,8 @@ class _Adapted(torch.autograd.Function):
         dropped, middle, weight_OI, a, b = ctx.saved_tensors
         wants_x, wants_dropped, *_ = ctx.needs_input_grad
         pull = grad @ b  # (…, R)
+        if wants_x and ctx.state is not None:
+            weight_OI = _unfolded(weight_OI, ctx.state).to(grad.dtype)
         to_x = grad @ weight_OI if wants_x else None
         to_dropped = None
         if ctx.same and to_x is not None:
@@ -147,4 +173,19 @@ class _Adapted(torch.autograd.Function):
         # Rounded to 16 bits where they are products of such numbers, and added up over passes in what A and B are in.
         to_a = (flat_NR.t() @ dropped.flatten(0, -2)).to(ctx.dtypes[0])
         to_b = (middle.flatten(0, -2).t() @ flat_NO).t().to(ctx.dtypes[1]) * ctx.scale
-        return to_x, to_dropped, None, None, to_a, to_b, None
+        return to_x, to_dropped, None, None, to_a, to_b, None, None
+
+
+def _in_4_bits(x: Tensor, weight: Tensor, bias_O: Tensor | None, state: Any) -> Tensor:
+    """`x Wᵀ + bias` by the library, which has kernels of its own where there are few tokens."""
+    from bitsandbytes import matmul_4bit
+
+    out: Tensor = matmul_4bit(x, weight, quant_state=state, bias=bias_O)
+    return out
+
+
+def _unfolded(weight: Tensor, state: Any) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    whole: Tensor = dequantize_4bit(weight.view(-1, 1), state)
+    return whole

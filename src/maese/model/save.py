@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from maese.model.adapter import ABOUT
+from maese.model.gguf import PACKAGED
 from maese.model.load import weights_hash
 from maese.recipe import INSIDE, Recipe
 from maese.run import disk, sync
@@ -54,12 +55,17 @@ def _save_weights(model: Any, folder: Path, recipe: Recipe, base: Path, weights:
     from safetensors import SafetensorError
 
     try:
-        model.save_pretrained(folder, safe_serialization=True, **({"state_dict": weights} if weights else {}))
+        more: dict[str, Any] = {"state_dict": weights} if weights else {}
+        if recipe.method.adapts:  # the rows of new tokens are in the adapter: not the whole embedding, as PEFT would
+            more["save_embedding_layers"] = False
+        model.save_pretrained(folder, safe_serialization=True, **more)
     except SafetensorError as problem:  # it wraps the system's own words about a full disk
         raise OSError(28, str(problem)) from problem
-    in_folder = recipe.base not in INSIDE and Path(recipe.base).expanduser().is_dir()
+    place = Path(recipe.base).expanduser()
+    in_folder = recipe.base not in INSIDE and place.is_dir()
+    in_file = place.suffix == ".gguf" and place.is_file()
     about = {
-        "base": str(base.absolute()) if in_folder else recipe.base,
+        "base": str(place.absolute()) if in_folder or in_file else recipe.base,
         "base_sha256": weights_hash(base),
         "method": recipe.method.kind,
         "recipe": recipe.name,
@@ -71,12 +77,12 @@ def _save_weights(model: Any, folder: Path, recipe: Recipe, base: Path, weights:
         "examples": list(recipe.eval.prompts),
     }
     (folder / ABOUT).write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
-    if recipe.method.kind == "lora":
+    if recipe.method.adapts:
         # PEFT writes where the base was found, which for one of the hub is a folder of this machine's cache.
         path = folder / "adapter_config.json"
         config = json.loads(path.read_text("utf-8"))
         name, _, revision = recipe.base.partition("@")
-        here = in_folder or recipe.base in INSIDE
+        here = in_folder or in_file or recipe.base in INSIDE or recipe.base in PACKAGED
         config["base_model_name_or_path"] = str(base.absolute()) if here else name
         config["revision"] = revision or None if not here else None
         path.write_text(json.dumps(config, ensure_ascii=False, indent=1, sort_keys=True), encoding="utf-8")

@@ -186,7 +186,7 @@ def _method(run: Run, f: dict[str, Any]) -> str:
     words[0] = words[0][:1].upper() + words[0][1:]
     if (run.path / "recipe.yaml").is_file():
         recipe = run.recipe()
-        if recipe.method.kind == "lora":
+        if recipe.method.adapts:
             words.append(say("report.page.lora", rank=recipe.method.rank, alpha=f"{recipe.method.alpha:g}"))
         words.append(say(f"report.page.keeps_{recipe.train.final}", step=shown(f["validation_kept_step"], number)))
     return " ".join(words)

@@ -236,6 +236,8 @@ def no_room(
         ways.insert(0, ("train.gradient_checkpointing=true", "checkpointing", rest))
     if recipe.method.kind == "full":
         ways.append(("method.kind=lora", "lora", facts["gradients"] + kept))
+    if recipe.method.kind == "lora":  # half a byte and a little for each number that takes two
+        ways.append(("method.kind=qlora", "qlora", 0.7 * facts["weights"]))
     if recipe.train.memory_gib is not None:
         # Python and torch alone take some of it: under a ceiling lower than that no other way leads out.
         higher = math.ceil(used * 12) / 10

@@ -165,9 +165,11 @@ def save(session: Session) -> None:
 
 def _beside(session: Session, model: Any) -> dict[str, bytes]:
     """What makes a checkpoint of a whole model one that can be opened and asked, as `final/` can."""
-    if session.recipe.method.kind == "lora" or not session.main:
+    if session.recipe.method.adapts or not session.main:
         return {}
     kept = {name: path.read_bytes() for name in TOKENIZER if (path := session.base / name).is_file()}
+    if session.recipe.data.marks == "add":  # its tokens are more than those of the base
+        kept["tokenizer.json"] = session.tokenizer.backend_tokenizer.to_str().encode()
     return kept | {"config.json": model.config.to_json_string().encode()}
 
 

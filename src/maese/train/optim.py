@@ -13,7 +13,7 @@ from typing import Any, Literal
 from maese.errors import MaeseError
 from maese.recipe import Train
 
-Kind = Literal["adamw", "adamw8bit", "paged", "muon"]
+Kind = Literal["adamw", "adamw8bit", "paged", "paged32", "muon"]
 BETAS = (0.9, 0.999)
 DECAY = 0.2  # share of the steps in which wsd comes down
 
@@ -22,8 +22,8 @@ def optimizer(model: Any, train: Train, kind: Kind = "adamw") -> Any:
     """The optimizer over what trains, in fp32.
 
     adamw: Loshchilov and Hutter 2017, arXiv 1711.05101. adamw8bit: its state in 8 bits (Dettmers et al. 2021, arXiv
-    2110.02861), paged: the same, in memory that the card lends to the processor. muon: see `train.muon`.
-    Error: DEP-01 (8 bits without bitsandbytes).
+    2110.02861), paged: the same, in memory that a full card borrows from the processor, paged32: that with a state of
+    32 bits (Dettmers et al. 2023, arXiv 2305.14314). muon: see `train.muon`. Error: DEP-01 (without bitsandbytes).
     """
     return build(groups(model, train, kind), train, kind)
 
@@ -39,8 +39,8 @@ def groups(model: Any, train: Train, kind: Kind = "adamw") -> list[dict[str, Any
     trainable = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trainable if p.ndim >= 2]
     words = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    words |= {id(p) for p in head.parameters()} if head is not None else set()
+    ends = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+    words |= {id(p) for end in ends if end is not None for p in end.parameters()}
     body = [p for p in matrices if kind == "muon" and p.ndim == 2 and id(p) not in words]
     turned = {id(p) for p in body}
     found = [
@@ -66,7 +66,8 @@ def build(groups: list[dict[str, Any]], train: Train, kind: Kind = "adamw") -> A
         from bitsandbytes import optim
     except ImportError:
         raise MaeseError("DEP-01", package="bitsandbytes", extra="qlora") from None
-    return (optim.PagedAdamW8bit if kind == "paged" else optim.AdamW8bit)(groups, **settings)
+    made = {"adamw8bit": "AdamW8bit", "paged": "PagedAdamW8bit", "paged32": "PagedAdamW32bit"}[kind]
+    return getattr(optim, made)(groups, **settings)
 
 
 def level(step: int, steps: int, train: Train) -> bool:

@@ -17,11 +17,13 @@ from maese import recipe as recipes
 from maese import run as runs
 from maese.errors import Interrupted, MaeseError
 from maese.evaluate.likelihood import refuse_blended
-from maese.model import adapter, load
+from maese.model import adapter, load, rows
+from maese.model.quant import load_quantized
 from maese.plan.machine import Machine, allocator, machine
 from maese.recipe import Recipe, Train
 from maese.text import streams
 from maese.tokens.batches import steps_per_epoch
+from maese.tokens.marks import add_marks
 from maese.tokens.pack import packed_rows
 from maese.tokens.prepare import Prepared, prepare
 from maese.train.compiling import compile_blocks, pays
@@ -147,7 +149,7 @@ def _open(
 
     if together.sharded:
         together.each(lambda: refuse_sharded(recipe))
-    base, tokenizer, model = together.each(lambda: _load(recipe, here))
+    base, tokenizer, model, new = together.each(lambda: _load(recipe, here, str(accelerator.device)))
 
     def ready() -> Prepared:
         return prepare(recipe.data, tokenizer, load.context_of(model), recipe.eval.prompts, _telling(watch))
@@ -158,8 +160,8 @@ def _open(
     if recipe.data.packing:
         together.each(lambda: refuse_blended(model, recipe.base))
     torch.manual_seed(recipe.train.seed)
-    if recipe.method.kind == "lora":
-        model = together.each(lambda: adapter.add_lora(model, recipe.method))
+    if recipe.method.adapts:
+        model = together.each(lambda: adapter.add_lora(model, recipe.method, tokenizer, new))
     quicken(model)
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -187,14 +189,21 @@ def _open(
     return session
 
 
-def _load(recipe: Recipe, here: Machine) -> tuple[Path, Any, Any]:
-    """The folder of the base, its tokenizer and its model, with which data can be prepared."""
+def _load(recipe: Recipe, here: Machine, device: str) -> tuple[Path, Any, Any, list[int]]:
+    """The folder of the base, its tokenizer and its model, with which data can be prepared, and the tokens it gets."""
     base = load.resolve(recipe.base)
     load.check(base)  # before the tokenizer, whose absence would be told instead
     tokenizer = load.load_tokenizer(base)
-    # Frozen weights can stay in few bits; what trains keeps 32, or small updates would be rounded away.
-    frozen = recipe.method.kind == "lora" and here.precision != "fp32"
-    return base, tokenizer, load.load_model(base, here.precision if frozen else "fp32")
+    new = add_marks(tokenizer, recipe.data.template) if recipe.data.marks == "add" else []
+    if recipe.method.kind == "qlora":
+        model = load_quantized(base, here.precision, device)
+    else:  # frozen weights can stay in few bits; what trains keeps 32, or small updates would be rounded away
+        model = load.load_model(base, here.precision if recipe.method.adapts else "fp32")
+    if new:
+        rows.make_room(model, tokenizer, new)
+        if not recipe.method.adapts:
+            rows.write(model, tokenizer, new)
+    return base, tokenizer, model, new
 
 
 def _take(recipe: Recipe, run: runs.Run | None, here: Machine, processes: int) -> runs.Run:
@@ -234,7 +243,8 @@ def anywhere(recipe: Recipe) -> Recipe:
     }
     data = recipe.data.model_copy(update=changes)
     folder = Path(recipe.base).expanduser()
-    name = str(folder.absolute()) if recipe.base not in recipes.INSIDE and folder.is_dir() else recipe.base
+    own = folder.is_dir() or (folder.suffix == ".gguf" and folder.is_file())
+    name = str(folder.absolute()) if recipe.base not in recipes.INSIDE and own else recipe.base
     looks = (
         recipe.eval.model_copy(update={"general": found(recipe.eval.general)}) if recipe.eval.general else recipe.eval
     )

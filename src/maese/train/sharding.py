@@ -44,7 +44,12 @@ def accelerator_of(here: Machine) -> Any:
 
 
 def refuse_sharded(recipe: Recipe) -> None:
-    """DIST-01 for an optimizer that needs whole matrices, which nobody has here."""
+    """What needs whole matrices, which nobody has here: DIST-01 (an optimizer), QUANT-02 (a base in 4 bits), DIST-06
+    (the rows of new tokens)."""
+    if recipe.method.kind == "qlora":  # its bytes are no numbers that could be put together again
+        raise MaeseError("QUANT-02")
+    if recipe.data.marks == "add":
+        raise MaeseError("DIST-06")
     if recipe.train.optimizer != "adamw":
         raise MaeseError("DIST-01", found=recipe.train.optimizer)
 

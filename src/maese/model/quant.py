@@ -1,0 +1,88 @@
+"""A base in 4 bits, which stays as it is while adapters over it learn: QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
+
+    model = load_quantized(folder, "bf16", "cuda")      a model whose matrices hold half a byte for each number
+    weight_bytes(model)                                 (1048576, 270336): in 16 bits they would be, and they are
+
+In:  the folder of a base. Out: a model of transformers where every matrix but the head is of NF4, the 16 values that
+split a normal distribution into equal shares, with a scale for each 64 numbers, itself kept in 8 bits (double
+quantization). Embeddings, norms and head stay in the precision of the run, and so does all arithmetic: a matrix is
+unfolded for each product and let go of. bitsandbytes does it, on a card and on a processor.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from maese.errors import MaeseError
+from maese.model.load import load_model, quiet
+
+BLOCK = 64  # numbers that share a scale
+# Between two neighbours of the 16 values there are at most 0.31 of the largest number of the block: half of that, and
+# what the scale loses in 8 bits.
+WORST = 0.17
+
+
+def load_quantized(folder: Path, dtype: str, device: str) -> Any:
+    """The causal model of a folder in 4 bits, on the device where it will be used; `dtype` is that of all else.
+
+    Tensors are read and quantized one by one: no more memory is needed than for what is left of them.
+    Errors: DEP-01 (no bitsandbytes), QUANT-01 (it cannot run here), and those of `load_model`.
+    """
+    refuse_unable(device)
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    compute = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
+    model = load_model(folder, dtype, quantization_config=settings, device_map={"": device})
+    for module in quantized(model):
+        # With the instructions of newer processors it would repack its weight the first time it only reads, as in
+        # validation, and from then on let no gradient through, without a word.
+        module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def refuse_unable(device: str) -> None:
+    """DEP-01 without bitsandbytes, and QUANT-01 where a small matrix does not come back as it should."""
+    quiet()
+    import torch
+
+    try:
+        from bitsandbytes import functional
+    except ImportError:
+        raise MaeseError("DEP-01", package="bitsandbytes", extra="qlora") from None
+    try:
+        wanted = torch.outer(torch.linspace(0.5, 2, 4 * BLOCK), torch.linspace(-1, 1, BLOCK)).to(device)
+        packed, state = functional.quantize_4bit(wanted, quant_type="nf4", compress_statistics=True)
+        found = functional.dequantize_4bit(packed, state)
+        reason = "" if bool(((found - wanted).abs() <= WORST * wanted.abs().amax(1, True)).all()) else "NF4 ≠"
+    except Exception as problem:  # a library that does not load raises what it likes, when first asked for something
+        said = str(problem).strip().splitlines() or [type(problem).__name__]
+        reason = said[0][:120]
+    if reason:
+        raise MaeseError("QUANT-01", reason=reason, device=device)
+
+
+def quantized(model: Any) -> list[Any]:
+    """The modules of a model whose weight is in 4 bits."""
+    # Its own and not what is inside it: an adapter shows the weight of its matrix as if it were its own.
+    own = ((part, part._parameters.get("weight")) for part in model.modules())
+    return [part for part, weight in own if getattr(weight, "quant_state", None) is not None]
+
+
+def weight_bytes(model: Any) -> tuple[int, int]:
+    """Bytes of the quantized matrices as they would be in 16 bits, and as they are, scales and tables counted."""
+    layers = quantized(model)
+    whole = sum(2 * math.prod(layer.weight.quant_state.shape) for layer in layers)
+    return whole, sum(_held(layer.weight) for layer in layers)
+
+
+def _held(weight: Any) -> int:
+    state = weight.quant_state
+    parts = [weight.data, state.absmax, state.code, state.offset]
+    parts += [state.state2.absmax, state.state2.code] if state.nested else []
+    return sum(part.numel() * part.element_size() for part in parts if part is not None)
