@@ -222,6 +222,7 @@ def install(_args: argparse.Namespace) -> None:
         model, tokenizer = (opened(BUILD / made / "final") for opened in (load_model, load_tokenizer))
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "MODEL_CARD.md").write_text(card(model, tokenizer), encoding="utf-8")
+        model.generation_config.max_new_tokens = Generate().max_new_tokens  # samples on the way were shorter
         model.to(torch.bfloat16).save_pretrained(folder, safe_serialization=True)
         tokenizer.save_pretrained(folder)
     scores = {name: read_scores(name) for name in ("first", "base", "instruct")}

@@ -256,3 +256,16 @@ def test_a_family_whose_memory_has_another_name_writes_as_transformers_does(tmp_
     theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)[0, 4:]
     settings = Generate(temperature=0, repetition_penalty=1, max_new_tokens=6)
     assert list(stream_ids(model, ids[0].tolist(), settings, set())) == theirs.tolist()
+
+
+@pytest.mark.parametrize(
+    ("said", "temperature"), [({"do_sample": True, "temperature": 0.3}, 0.3), ({"do_sample": False}, 0.0), ({}, 0.9)]
+)
+def test_a_model_folder_writes_as_it_says_that_it_does(tiny, here, said, temperature):
+    import json
+    import shutil
+
+    folder = shutil.copytree(tiny, here / "modelo")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "top_k": None, **said}), "utf-8")
+    settings = open_writer(str(folder)).settings
+    assert (settings.temperature, settings.top_k) == (temperature, 50)

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -199,7 +200,8 @@ def open_writer(what: str | Path | runs.Run, base: bool = False) -> Writer:
 def folder_writer(model: Any, tokenizer: Any, folder: Path) -> Writer:
     """A writer as the folder itself says it writes: its own notes where there are some, its template if it has one."""
     about = adapter.about_adapter(folder)
-    known = {key: value for key, value in about.get("generate", {}).items() if key in recipes.Generate.model_fields}
+    said = about.get("generate") or published(folder)
+    known = {key: value for key, value in said.items() if key in recipes.Generate.model_fields and value is not None}
     # A model that carries a template was taught to converse by it, unless what it was fed was plain text; an adapter
     # that brings no tokenizer names its template.
     carried = getattr(tokenizer, "chat_template", None) is not None
@@ -209,6 +211,15 @@ def folder_writer(model: Any, tokenizer: Any, folder: Path) -> Writer:
     writer = Writer(model, tokenizer, recipes.Generate(), *kind, name=about.get("name", ""))
     writer.settings = writer.with_settings(known)
     return writer
+
+
+def published(folder: Path) -> dict[str, Any]:
+    """How a folder says that it writes, in transformers' words: `{"temperature": 0.3, …}` of generation_config.json."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    said = json.loads(path.read_text("utf-8"))
+    return said | ({} if said.get("do_sample") else {"temperature": 0.0} if "do_sample" in said else {})
 
 
 def base_of(folder: Path, base: str | None = None) -> Path:
