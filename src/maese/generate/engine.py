@@ -22,6 +22,7 @@ from maese.errors import MaeseError
 from maese.generate import sentences
 from maese.generate.sample import draw, probabilities
 from maese.model import adapter, load
+from maese.model.quant import open_base
 from maese.text.record import Message
 from maese.tokens.template import Renderer, encode, open_template, opening
 
@@ -225,7 +226,8 @@ def open_folder(folder: Path, base: str | None = None) -> tuple[Any, Any]:
 
     if adapter.is_adapter(folder):
         below = load.resolve(base or adapter.about_adapter(folder).get("base", "embedded"))
-        model = adapter.attach(load.load_model(below), folder, below)
+        under = open_base(below, adapter.about_adapter(folder).get("method"))
+        model = adapter.attach(under, folder, below)
         model.generation_config = model.base_model.model.generation_config
     else:
         model = load.load_model(folder)
