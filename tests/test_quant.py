@@ -263,6 +263,24 @@ def test_a_run_opens_as_an_adapter_over_the_whole_base(recipe, bases):
         assert torch.allclose(theirs(input_ids=ids).logits, writer.model(input_ids=ids).logits, atol=1e-5)
 
 
+def test_where_the_whole_base_has_no_room_it_opens_as_it_was_learnt_over(recipe, bases, monkeypatch, capsys):
+    """A run that fitted a small card can be asked on that card."""
+    from maese.generate.engine import open_writer
+
+    phi = 2_780_000_000
+    free = {6: None, 8: "fp16", 11: "fp16", 16: "fp32"}
+    assert {gib: quant.precision_that_fits(phi, gib << 30, "fp16") for gib in free} == free
+    run = train(recipe(f"base={bases['qwen3']}", *QLORA, "train.lr=1e-2", "train.max_steps=2"))
+    whole = open_writer(run).generate("En un lugar", temperature=0.0).text
+    monkeypatch.setattr(quant, "_card", lambda: ("cpu", 1 << 20, "bf16"))
+    capsys.readouterr()
+    small = open_writer(run)
+    assert len(quant.quantized(small.model)) == 14 and "4 bits" in capsys.readouterr().err
+    assert isinstance(small.generate("En un lugar", temperature=0.0).text, str) and isinstance(whole, str)
+    monkeypatch.setattr(quant, "_card", lambda: ("cpu", 1 << 40, "bf16"))
+    assert not quant.quantized(open_writer(run).model) and not capsys.readouterr().err
+
+
 def test_without_the_package_it_says_what_to_install(recipe, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(MaeseError) as problem:

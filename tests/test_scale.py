@@ -144,6 +144,20 @@ def test_two_are_one_in_every_shape_and_go_on_as_each_other(recipe, plain, tiny,
     assert all(plan["processes"] == 2 and plan["sharded"] == bool(env) for plan in plans) and len(plans) == len(SHAPES)
 
 
+@pytest.mark.slow
+def test_a_base_in_4_bits_is_whole_on_each_process_and_learns_what_one_does(recipe, plain):
+    """With tokens of its own besides, of which a row may meet none: their rows are part of every exchange."""
+    pytest.importorskip("bitsandbytes")
+    kept = ["train.max_steps=5", "method.kind=qlora", "train.micro_batch=2", "train.accumulation=4"]
+    changes = plain(*kept, "data.template=maese", "data.marks=add")
+    train(recipe("output=one-qlora", *changes))
+    assert pair([do("train", "output=two-qlora", *changes)], {}) == [[None], [None]]
+    assert pair([do("train", "output=no", *plain(*kept))], FSDP2) == [["QUANT-02"], ["QUANT-02"]]
+    one, two = (weights(Run(f"{name}-qlora")) for name in ("one", "two"))
+    assert same(Run("one-qlora"), Run("two-qlora")) and one.keys() == two.keys()
+    assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-4
+
+
 def cut(chosen, after: int) -> None:
     """Train alone and stop after a step, as Ctrl+C does."""
     from maese.errors import Interrupted

@@ -22,6 +22,7 @@ from maese.generate.draft import Answer, Draft
 from maese.generate.sample import draw, probabilities
 from maese.model import adapter, load
 from maese.model.fingerprint import fingerprint
+from maese.model.quant import open_base
 from maese.model.voices import speaking
 from maese.text.record import Message
 from maese.tokens.template import TEMPLATES, Renderer, encode, open_template, opening
@@ -236,7 +237,8 @@ def open_folder(folder: Path, base: str | None = None) -> tuple[Any, Any]:
 
     if adapter.is_adapter(folder):
         below = base_of(folder, base)
-        model = adapter.attach(load.load_model(below), folder, below)
+        under = open_base(below, adapter.about_adapter(folder).get("method"))
+        model = adapter.attach(under, folder, below)
         model.generation_config = model.base_model.model.generation_config
     else:
         model = load.load_model(folder)

@@ -94,7 +94,7 @@ def _write(file: Path, folder: Path) -> None:
         raise MaeseError("MODEL-06", base=str(file), reason=reason) from problem
     for about in (model.config, model):  # plain weights now: nothing is to say that they still are quantized
         about.__dict__.pop("quantization_config", None)
-    model.hf_quantizer = None
+    model.__dict__.pop("hf_quantizer", None)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

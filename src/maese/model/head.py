@@ -232,9 +232,9 @@ def head_of(model: Any) -> Head | None:
         return known if known and known.module is module else None
     if inner not in _KNOWN or (known and known.module is not module):
         # Other adapters on the head, or few bits: each has its own way to multiply.
-        matrix, tokens_K = (module, None) if type(module) is torch.nn.Linear else replaced(module) or (None, None)
-        plain = type(matrix) is torch.nn.Linear and matrix.weight.numel()
-        if not plain or matrix.weight.device.type == "meta":
+        plain = type(module) is torch.nn.Linear
+        matrix, tokens_K = (module, None) if plain else replaced(module) or (None, None)
+        if type(matrix) is not torch.nn.Linear or not matrix.weight.numel() or matrix.weight.device.type == "meta":
             return None
         known = _KNOWN[inner] = _tried(inner, Head(module, matrix, tokens_K=tokens_K))
     # Where they may be off or merged since then.

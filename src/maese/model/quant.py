@@ -12,16 +12,20 @@ unfolded for each product and let go of. bitsandbytes does it, on a card and on 
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 from maese.errors import MaeseError
-from maese.model.load import load_model, quiet
+from maese.model.load import load_model, quiet, weight_files
+from maese.say import say
 
 BLOCK = 64  # numbers that share a scale
 # Between two neighbours of the 16 values there are at most 0.31 of the largest number of the block: half of that, and
 # what the scale loses in 8 bits.
 WORST = 0.17
+# What a card must have beside the weights, to write with them: a share of them, and bytes.
+SPARE, ROOM = 1.1, 400 << 20
 
 
 def load_quantized(folder: Path, dtype: str, device: str) -> Any:
@@ -44,6 +48,49 @@ def load_quantized(folder: Path, dtype: str, device: str) -> Any:
         # validation, and from then on let no gradient through, without a word.
         module.support_avx512bf16_for_cpu = False
     return model
+
+
+def open_base(folder: Path, method: str | None) -> Any:
+    """The base of an adapter, to write with: whole, in fp32, wherever there is room for it.
+
+    An adapter that learnt over 4 bits may lie on a card that never held more: there the base comes in 16 bits, and
+    where those do not fit either, as it was when it was learnt over, which is said aloud.
+    """
+    card = _card() if method == "qlora" else None
+    if card is None:
+        return load_model(folder)
+    device, free, half = card
+    dtype = precision_that_fits(_numbers(folder), free, half)
+    if dtype:
+        return load_model(folder, dtype)
+    sys.stderr.write(say("model.four_bits", folder=folder.name) + "\n")
+    return load_quantized(folder, half, device)
+
+
+def precision_that_fits(numbers: int, free: int, half: str) -> str | None:
+    """fp32, 16 bits (`half`) or neither, for so many numbers in so many free bytes."""
+    fits = {"fp32": 4, half: 2}
+    return next((name for name, each in fits.items() if numbers * each * SPARE + ROOM <= free), None)
+
+
+def _card() -> tuple[str, int, str] | None:
+    """The card of this machine, its free bytes, and the 16 bits it multiplies in."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "cuda", torch.cuda.mem_get_info()[0], half
+
+
+def _numbers(folder: Path) -> int:
+    from safetensors import safe_open
+
+    total = 0
+    for path in weight_files(folder):
+        with safe_open(path, "pt") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  # no dict
+    return total
 
 
 def refuse_unable(device: str) -> None:
