@@ -12,6 +12,7 @@ src/maese/embedded/. Every figure of the cards is read from what was measured, w
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 import statistics
@@ -91,8 +92,9 @@ def talk(model: Any, tokenizer: Any) -> dict:
     from maese.evaluate.ability import answers
     from maese.text.language import language_of
 
-    asked = held("instructions")[:ASKED]
     writer = Writer(model, tokenizer, Generate(max_new_tokens=200), "messages", "maese")
+    fitting = (row for row in held("instructions") if len(writer.prompt_ids(question(row))) <= CONTEXT - 200)
+    asked = list(itertools.islice(fitting, ASKED))
     found = answers(writer, [question(row) for row in asked])
     both = [(language_of(row["output"]), language_of(said)) for row, said in zip(asked, found.said, strict=True)]
     told = [ours for right, ours in both if right == "es" and ours is not None]
