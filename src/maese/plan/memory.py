@@ -38,7 +38,7 @@ MUON_TOGETHER = 64 << 20
 PROCESS, BITSANDBYTES = 428 << 20, 110 << 20
 # What comes and goes in a step leaves holes that nothing fits into, as measured (`benchmarks/plan.py`): glibc keeps
 # what is let go of (`plan.machine.allocator`). A card is counted by what was asked of it, without its holes.
-HOLES = 0.4
+HOLES = 0.5
 PASSING = ("copies", "activations", "head", "table")
 CONTEXT = int(0.45 * 2**30)  # what CUDA takes for itself
 LOOKED_AT = 300  # steps of which the heaviest is taken, where the lengths of the rows are known
@@ -78,7 +78,7 @@ class Estimate:
     """The parts of the worst moment of training in bytes, which moment that is, and what loading takes before it."""
 
     parts: Parts
-    moment: str  # forward | backward | ending
+    moment: str  # forward | backward | ending | moving
     device: str
     load: int
     file: int  # of it, the weights on disk, which are mapped: the system takes them back when it must
@@ -155,7 +155,9 @@ def estimate(shape: Anatomy, job: Job, process: int | None = None, file: int | N
     # At the end of the way back the table has a gradient from the head and another from the words.
     table = 4 * shape.table if job.kind == "full" else 0
     ending = weights | moving | {"gradients": gradients, "table": table * (2 if job.passes > 1 else 1)}
-    moments = {"forward": forward, "backward": backward, "ending": ending}
+    moments: dict[str, dict[str, int]] = {"forward": forward, "backward": backward, "ending": ending}
+    if job.optimizer == "muon":  # matrices of one size are turned together, in 16 bits and several copies
+        moments["moving"] = weights | moving | {"gradients": gradients, "copies": 4 * min(MUON_TOGETHER, shape.body)}
     base: dict[str, int] = {}
     if job.device == "cpu":
         base["process"] = usual_process() if process is None else process
