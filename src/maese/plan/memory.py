@@ -18,7 +18,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from maese.plan.shape import Anatomy, Matrix, Targets, adapters, parameters, targeted
@@ -112,7 +112,7 @@ def job_of(recipe: Recipe, precision: str, device: str, lengths: Sequence[int] |
 
 
 def heaviest(recipe: Recipe, device: str, lengths: Sequence[int] | np.ndarray | None = None) -> tuple[int, int]:
-    """Tokens that go through at once in the heaviest pass, and passes of its step.
+    """Tokens that go through at once in the heaviest pass, and the most passes of a step.
 
     Rows are grouped as `train.step` does where there is no padding; packed or not, they fill the same room.
     """
@@ -130,7 +130,7 @@ def heaviest(recipe: Recipe, device: str, lengths: Sequence[int] | np.ndarray | 
         groups = by_room(range(len(step)), step, room)
         most = max(sum(step[row] for row in group) for group in groups)
         found.append((math.ceil(most / FLAT_MULTIPLE) * FLAT_MULTIPLE, len(groups)))
-    return max(found)
+    return max(tokens for tokens, _ in found), max(passes for _, passes in found)
 
 
 def estimate(shape: Anatomy, job: Job, process: int | None = None, file: int | None = None) -> Estimate:
@@ -144,10 +144,11 @@ def estimate(shape: Anatomy, job: Job, process: int | None = None, file: int | N
     head, chunk = head_of(shape, job)
     # Gradients of a step are there from its first pass on; where it has but one, they come as activations go.
     before = gradients if job.passes > 1 else 0
-    block = copies_of(replace(shape, layers=1), job)
-    forward = weights | moving | {
-        "gradients": before, "copies": copies, "activations": kept, "head": head + chunk,
-    }  # fmt: skip
+    block = (copies - (2 * shape.table if job.kind == "full" and job.c == 2 else 0)) // shape.layers
+    held = {"copies": copies, "head": head + chunk}
+    if job.checkpointing:  # nothing keeps the copies once the blocks are through, and the head comes after them
+        held = dict([max(held.items(), key=lambda item: item[1])])
+    forward = weights | moving | {"gradients": before, "activations": kept} | held
     backward = weights | moving | {
         "gradients": before, "copies": block if job.checkpointing else copies,
         "activations": kept + (one if job.checkpointing else 0) + workspace(shape, job), "head": head,
