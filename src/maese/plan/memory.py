@@ -18,7 +18,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from maese.plan.shape import Anatomy, Matrix, Targets, adapters, parameters, targeted
@@ -37,9 +37,10 @@ MUON_TOGETHER = 64 << 20
 # Python, torch, transformers, PEFT and a tokenizer, before there is any model; bitsandbytes comes with PEFT.
 PROCESS, BITSANDBYTES = 428 << 20, 110 << 20
 # What comes and goes in a step leaves holes that nothing fits into, as measured (`benchmarks/plan.py`): glibc keeps
-# what is let go of (`plan.machine.allocator`). A card is counted by what was asked of it, without its holes.
-HOLES = 0.5
-PASSING = ("copies", "activations", "head", "table")
+# what is let go of (`plan.machine.allocator`). Shares of what all blocks would keep, many where rotary positions and
+# gates come and go in all sizes or where blocks are made again; then a share of copies, head and tables. A card is
+# counted by what was asked of it, without its holes.
+HOLES_MANY, HOLES_FEW, HOLES_LARGE = 1.0, 0.5, 0.4
 CONTEXT = int(0.45 * 2**30)  # what CUDA takes for itself
 LOOKED_AT = 300  # steps of which the heaviest is taken, where the lengths of the rows are known
 
@@ -163,7 +164,10 @@ def estimate(shape: Anatomy, job: Job, process: int | None = None, file: int | N
     if job.device == "cpu":
         base["process"] = usual_process() if process is None else process
         for moment in moments.values():
-            moment["holes"] = int(HOLES * sum(moment.get(name, 0) for name in PASSING))
+            passing = activations(shape, replace(job, checkpointing=False)) if "activations" in moment else 0
+            large = sum(moment.get(name, 0) for name in ("copies", "head", "table"))
+            many = shape.gated or job.checkpointing
+            moment["holes"] = int((HOLES_MANY if many else HOLES_FEW) * passing + HOLES_LARGE * large)
     worst = max(moments, key=lambda name: sum(moments[name].values()))
     parts = tuple((name, int(size)) for name, size in (base | moments[worst]).items() if size)
     # What is read is mapped: weights that stay in the bits of the file are the file, others stand beside it.
