@@ -77,14 +77,8 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def make(name: str, folder: Path) -> None:
-    """A folder that `base:` takes, of one of MODELS, with random weights and the embedded tokenizer."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from maese.model.load import quiet, resolve
-
-    quiet()
+def config_of(name: str) -> dict[str, Any]:
+    """The config.json of one of MODELS."""
     row = MODELS[name]
     kind, width, layers, heads = row["model_type"], row["width"], row["layers"], row["heads"]
     ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "vocab_size": row["vocabulary"]}
@@ -99,8 +93,20 @@ def make(name: str, folder: Path) -> None:
             "max_position_embeddings": CONTEXT, "tie_word_embeddings": kind != "phi", "resid_pdrop": 0.0,
         }  # fmt: skip
         sizes |= {"head_dim": width // heads} if kind == "qwen3" else {}
+    return {"model_type": kind, **sizes, **ends}
+
+
+def make(name: str, folder: Path) -> None:
+    """A folder that `base:` takes, of one of MODELS, with random weights and the embedded tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from maese.model.load import quiet, resolve
+
+    quiet()
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **ends)).save_pretrained(folder)
+    said = config_of(name)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(said.pop("model_type"), **said)).save_pretrained(folder)
     for path in resolve("embedded").glob("tokenizer*"):
         shutil.copy(path, folder)
 
@@ -127,27 +133,32 @@ def recipe_of(name: str, room: Path) -> list[str]:
 
 
 def measure(name: str) -> dict[str, Any]:
-    """What the plan says of a setting, and what its run took."""
-    from maese.plan import fit
-    from maese.plan.shape import open_shape, parameters
-    from maese.recipe import load
-
-    model, _ = SETTINGS[name]
+    """What the run of a setting took, and what it had said that it would."""
     with tempfile.TemporaryDirectory() as temporary:
         room = Path(temporary)
-        alone([__file__, "--make", model, str(room / "model")])
+        alone([__file__, "--make", SETTINGS[name][0], str(room / "model")])
         changes = [*recipe_of(name, room), f"output={room / 'run'}"]
         alone(["-m", "maese", "-q", "train", str(room / "recipe.yaml"), *changes], MAESE_CACHE=str(room / "cache"))
         events = [json.loads(line) for line in (room / "run" / "events.jsonl").read_text("utf-8").splitlines()]
-        plan = next(event for event in events if event["type"] == "plan")
-        end = next(event for event in events if event["type"] == "end")
-        recipe, shape = load(room / "recipe.yaml", changes), open_shape(str(room / "model"))
-        told = fit.told(shape, recipe, plan["precision"], plan["device"])
+    plan = next(event for event in events if event["type"] == "plan")
+    end = next(event for event in events if event["type"] == "end")
     return {
-        "name": name, "parameters": parameters(shape), "changes": SETTINGS[name][1], "precision": plan["precision"],
-        "predicted": told.peak / 2**30, "measured": end["peak_gib"], "parts": {k: v / 2**30 for k, v in told.parts},
-        "told_by_run": plan["estimated_gib"],
+        "name": name, "parameters": plan["parameters"], "changes": SETTINGS[name][1], "precision": plan["precision"],
+        "measured": end["peak_gib"], "told_by_run": plan.get("estimated_gib"),
     }  # fmt: skip
+
+
+def planned(row: dict[str, Any]) -> Any:
+    """What the plan says of a setting that was measured: from its recipe and its config.json, and nothing else."""
+    from maese.plan.memory import estimate, job_of
+    from maese.plan.shape import anatomy, parameters
+    from maese.recipe import load
+
+    shape = anatomy(config_of(SETTINGS[row["name"]][0]))
+    with tempfile.TemporaryDirectory() as temporary:
+        changes = recipe_of(row["name"], Path(temporary))
+        recipe = load(Path(temporary) / "recipe.yaml", changes)
+    return estimate(shape, job_of(recipe, row["precision"], "cpu"), file=4 * parameters(shape))
 
 
 def alone(words: list[str], **more: str) -> None:
@@ -157,6 +168,15 @@ def alone(words: list[str], **more: str) -> None:
     done = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
+
+
+def show(row: dict[str, Any]) -> None:
+    told = planned(row)
+    row = row | {"predicted": told.peak / 2**30}
+    print(
+        f"{row['name']}: {row['predicted']:.3f} GiB planned, {row['measured']:.3f} taken, {percent(row, 'predicted')}"
+    )
+    print("   " + ", ".join(f"{part} {size / 2**30:.3f}" for part, size in told.parts), flush=True)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -179,20 +199,24 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {row['name']} | {row['parameters']:,} | {said.get('method.kind', 'full')} | {row['precision']} |"
             f" {said['data.max_length']} | {batch} | {', '.join(rest) or '–'} | {row['predicted']:.2f} |"
-            f" {row['told_by_run']:.2f} | {row['measured']:.2f} | {error_of(row, 'predicted'):+.1%} |"
-            f" {error_of(row, 'told_by_run'):+.1%} |"
+            f" {'–' if row['told_by_run'] is None else format(row['told_by_run'], '.2f')} | {row['measured']:.2f} |"
+            f" {percent(row, 'predicted')} | {percent(row, 'told_by_run')} |"
         )
     return "\n".join(lines)
 
 
-def error_of(row: dict[str, Any], key: str) -> float:
-    return row[key] / row["measured"] - 1
+def percent(row: dict[str, Any], key: str) -> str:
+    """How far a figure is from what was measured; a dash where nobody gave it."""
+    return "–" if row[key] is None else f"{row[key] / row['measured'] - 1:+.1%}"
 
 
 def errors_of(rows: list[dict[str, Any]], key: str, name: str) -> str:
-    """The largest and the usual error over all settings."""
-    sizes = [abs(error_of(row, key)) for row in rows]
-    return f"{name}, the largest error is {max(sizes):.1%} and the median {statistics.median(sizes):.1%}"
+    """The largest and the usual error over all settings that have that figure."""
+    sizes = [abs(row[key] / row["measured"] - 1) for row in rows if row[key] is not None]
+    if not sizes:
+        return f"{name}: none"
+    middle = statistics.median(sizes)
+    return f"{name}, the largest error is {max(sizes):.1%} and the median {middle:.1%} (n = {len(sizes)})"
 
 
 def machine() -> str:
@@ -211,16 +235,11 @@ def main() -> None:
         return
     known: dict[str, dict[str, Any]] = json.loads(args.out.read_text("utf-8")) if args.out.exists() else {}
     for name in [] if args.read else args.only:
-        known[name] = row = measure(name)
-        print(
-            f"{name}: {row['predicted']:.3f} GiB planned, {row['told_by_run']:.3f} told, {row['measured']:.3f} taken,"
-            f" {error_of(row, 'predicted'):+.1%} and {error_of(row, 'told_by_run'):+.1%}",
-            flush=True,
-        )
-        print("   " + ", ".join(f"{part} {size:.3f}" for part, size in row["parts"].items()), flush=True)
+        known[name] = measure(name)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(known, indent=1), "utf-8")
-    text = table([known[name] for name in SETTINGS if name in known])
+        show(known[name])
+    text = table([known[name] | {"predicted": planned(known[name]).peak / 2**30} for name in SETTINGS if name in known])
     print("\n" + text)
     if args.write:
         from trainers import write

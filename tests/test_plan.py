@@ -30,7 +30,7 @@ def recipe_of(**train):
 def maese(capsys, monkeypatch):
     """`maese("plan", …)`: exit code, stdout and stderr."""
     monkeypatch.setenv("MAESE_LANG", "es")
-    monkeypatch.setattr("shutil.which", lambda *_: None)  # no card is asked what it has
+    monkeypatch.setattr("maese.plan.machine._card", lambda: None)  # no card is asked what it has
 
     def call(*words):
         capsys.readouterr()
@@ -106,8 +106,9 @@ def test_a_few_steps_are_measured_and_nothing_of_them_stays(recipe, here, tiny):
     from maese.model.load import weights_hash
     from maese.train.probe import probe
 
+    asked = recipe("train.max_steps=4")
     before, files = weights_hash(tiny), {path.name for path in here.iterdir()}
-    pace = probe(recipe("train.max_steps=4"))
+    pace = probe(asked)
     assert pace.steps == 4 and len(pace.seconds) == len(pace.tokens) == 3 and min(pace.seconds) > 0
     assert pace.whole > 0 and pace.looks == 3 and pace.look > 0 and pace.peak_gib > 0
     assert weights_hash(tiny) == before and {path.name for path in here.iterdir()} == files
@@ -129,13 +130,16 @@ def test_a_card_is_known_by_what_its_driver_says(monkeypatch, tmp_path):
     program.write_text("#!/bin/sh\necho 'Tesla T4, 15360, 7.5'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    machine._card.cache_clear()
     found = machine.glance()
     assert (found.device, found.name, found.memory_gib, found.precision) == ("cuda", "Tesla T4", 15.0, "fp16")
     program.write_text("#!/bin/sh\necho 'no devices were found'\nexit 6\n")
+    machine._card.cache_clear()
     assert machine.glance().device == "cpu"
     with pytest.raises(MaeseError) as problem:
         machine.glance(recipe_of(device="cuda").train)
     assert problem.value.code == "DEVICE-01"
+    machine._card.cache_clear()
 
 
 ASKED = """
@@ -181,10 +185,17 @@ def test_a_plan_as_data_says_what_the_page_says(maese):
     assert [part["name"] for part in json.loads(out)] == ["pretrain", "instruct"]
 
 
+def test_a_recipe_for_a_card_is_planned_where_there_is_none_and_its_ceiling_counts(maese):
+    code, out, _ = maese("--json", "plan", "pokemon", "base=gpt2-xl", "train.device=cuda", "train.memory_gib=4")
+    found = json.loads(out)
+    assert code == 0 and found["machine"]["device"] == "cpu" and found["machines"][0]["room_gib"] == 4
+    assert not found["machines"][0]["fits"] and found["machines"][0]["with"]
+
+
 def test_the_keys_of_fit_can_be_pasted(maese):
     words = ("plan", "pokemon", "base=gpt2-xl", "method.kind=full", "train.micro_batch=8")
     code, keys, talk = maese(*words, "--fit", "24GB")
-    assert code == 0 and "train.micro_batch=1" in keys and "maese train pokemon" in talk
+    assert code == 0 and "train.micro_batch=2" in keys and "maese train pokemon" in talk
     code, again, talk = maese(*words, *keys.split(), "--fit", "24GB")
     assert (code, again) == (0, "") and "tal como está" in talk
     code, out, _ = maese("--json", *words, "--fit", "24 GB")
@@ -234,7 +245,7 @@ def test_a_probe_gives_the_plan_its_time(maese, recipe, here):
     recipe()
     status, out, _ = maese("plan", "receta.yaml", "train.max_steps=3", "--probe")
     assert status == 0 and "entre" in out and "tokens/s" in out and "no medido" not in out
-    assert max(map(len, out.splitlines())) <= 80
+    assert max(map(len, out.splitlines())) <= 80, max(out.splitlines(), key=len)
 
 
 def test_the_estimate_stands_before_a_training_and_beside_what_it_took(recipe, capsys):

@@ -294,6 +294,7 @@ def test_the_worst_moment_and_what_makes_it_larger():
     assert "process" not in dict(card.parts) and card.needed > card.peak + memory.CONTEXT
     # A run of one pass has its gradients only at the end of the way back.
     assert "gradients" not in dict(memory.estimate(told, replace(usual, passes=1)).parts)
+    assert memory.estimate(told, replace(usual, optimizer="muon", tokens=64)).moment == "moving"
     # So few tokens that the weights are all there is: the tables have two gradients at the end.
     assert memory.estimate(told, replace(usual, tokens=64)).moment in ("forward", "ending")
 

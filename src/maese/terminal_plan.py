@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json as jsons
 import sys
+from dataclasses import replace
 from typing import Any
 
 from maese.errors import MaeseError
@@ -33,7 +34,7 @@ def show(planned: list[Planned], pace: Pace | None, name: str | None, json: bool
         return
     lines: list[str] = []
     for title, recipe, shape in planned:
-        here = glance(recipe.train)
+        here = here_for(recipe)
         lines += [*_head(title, recipe, shape, here), "", *_parts(recipe, shape, here), "", *_rest(recipe, shape, pace)]
         lines += ["", *_machines(recipe, shape, here), *_ways(recipe, shape, here), ""]
     sys.stdout.write("\n".join(lines).rstrip() + "\n")
@@ -83,6 +84,17 @@ def fitted(recipe: Recipe, shape: Anatomy, room: float) -> Fit:
     )  # fmt: skip
 
 
+def here_for(recipe: Recipe) -> Machine:
+    """This machine for a recipe; one that asks for a card is planned where there is none, too. A ceiling of the recipe
+    (`train.memory_gib`) counts as what there is."""
+    train = recipe.train
+    try:
+        here = glance(train)
+    except MaeseError:
+        here = glance(train.model_copy(update={"device": "auto"}))
+    return replace(here, memory_gib=min(here.memory_gib, train.memory_gib or here.memory_gib))
+
+
 def asked_of(recipe: Recipe) -> tuple[str, str]:
     """Device and precision of a machine that is not this one: a card with bf16, unless the recipe says otherwise."""
     precision = recipe.train.precision
@@ -102,7 +114,7 @@ def machines(recipe: Recipe, here: Machine) -> list[tuple[str, str, str, float]]
 def facts(planned: Planned, pace: Pace | None = None) -> dict[str, Any]:
     """A plan as JSON: sizes in GiB, disk in bytes, time in seconds."""
     title, recipe, shape = planned
-    here = glance(recipe.train)
+    here = here_for(recipe)
     job = memory.job_of(recipe, here.precision, here.device)
     places = []
     for name, device, precision, room in machines(recipe, here):
@@ -129,10 +141,15 @@ def _head(title: str, recipe: Recipe, shape: Anatomy, here: Machine) -> list[str
     asked = {"rows": train.micro_batch, "turns": train.accumulation, "length": recipe.data.max_length}
     more = f" · {say('plan.checkpointing')}" if train.gradient_checkpointing else ""
     return [
-        say("plan.title", name=title), "  " + say("plan.model", base=recipe.base, **said), "  " + learnt,
+        say("plan.title", name=title), "  " + say("plan.model", base=_short(recipe.base), **said), "  " + learnt,
         "  " + say("plan.settings", **asked) + f" · {here.precision} · {train.optimizer}{more}",
         "  " + say("plan.at_once", n=job.tokens, turns=job.passes),
     ]  # fmt: skip
+
+
+def _short(base: str, width: int = 52) -> str:
+    """The end of a long path, which tells it apart."""
+    return base if len(base) <= width else "…" + base[1 - width :]
 
 
 def _parts(recipe: Recipe, shape: Anatomy, here: Machine) -> list[str]:
@@ -156,7 +173,7 @@ def _parts(recipe: Recipe, shape: Anatomy, here: Machine) -> list[str]:
 
 def _rest(recipe: Recipe, shape: Anatomy, pace: Pace | None) -> list[str]:
     """Disk and time."""
-    here = glance(recipe.train)
+    here = here_for(recipe)
     job = memory.job_of(recipe, here.precision, here.device)
     found = cost.disk(shape, job, recipe, pace.steps if pace else None)
     # A disk is counted in powers of ten, as its maker does.

@@ -6,6 +6,7 @@ import os
 import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 from maese.errors import MaeseError
@@ -75,6 +76,7 @@ def glance(train: Train | None = None) -> Machine:
     )  # fmt: skip
 
 
+@cache
 def _card() -> tuple[str, float, float] | None:
     """Name, GiB and capability of the first card, or None where its driver's own program finds none."""
     import shutil

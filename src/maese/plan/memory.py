@@ -37,9 +37,10 @@ MUON_TOGETHER = 64 << 20
 # Python, torch, transformers, PEFT and a tokenizer, before there is any model; bitsandbytes comes with PEFT.
 PROCESS, BITSANDBYTES = 428 << 20, 110 << 20
 # What comes and goes in a step leaves holes that nothing fits into, as measured (`benchmarks/plan.py`): glibc keeps
-# what is let go of (`plan.machine.allocator`). A card is counted by what was asked of it, without its holes.
-HOLES = 0.4
-PASSING = ("copies", "activations", "head", "table")
+# what is let go of (`plan.machine.allocator`). Shares of what all blocks would keep, many where rotary positions and
+# gates come and go in all sizes or where blocks are made again; then a share of copies, head and tables. A card is
+# counted by what was asked of it, without its holes.
+HOLES_MANY, HOLES_FEW, HOLES_LARGE = 1.0, 0.5, 0.4
 CONTEXT = int(0.45 * 2**30)  # what CUDA takes for itself
 LOOKED_AT = 300  # steps of which the heaviest is taken, where the lengths of the rows are known
 
@@ -78,7 +79,7 @@ class Estimate:
     """The parts of the worst moment of training in bytes, which moment that is, and what loading takes before it."""
 
     parts: Parts
-    moment: str  # forward | backward | ending
+    moment: str  # forward | backward | ending | moving
     device: str
     load: int
     file: int  # of it, the weights on disk, which are mapped: the system takes them back when it must
@@ -112,7 +113,7 @@ def job_of(recipe: Recipe, precision: str, device: str, lengths: Sequence[int] |
 
 
 def heaviest(recipe: Recipe, device: str, lengths: Sequence[int] | np.ndarray | None = None) -> tuple[int, int]:
-    """Tokens that go through at once in the heaviest pass, and passes of its step.
+    """Tokens that go through at once in the heaviest pass, and the most passes of a step.
 
     Rows are grouped as `train.step` does where there is no padding; packed or not, they fill the same room.
     """
@@ -130,7 +131,7 @@ def heaviest(recipe: Recipe, device: str, lengths: Sequence[int] | np.ndarray | 
         groups = by_room(range(len(step)), step, room)
         most = max(sum(step[row] for row in group) for group in groups)
         found.append((math.ceil(most / FLAT_MULTIPLE) * FLAT_MULTIPLE, len(groups)))
-    return max(found)
+    return max(tokens for tokens, _ in found), max(passes for _, passes in found)
 
 
 def estimate(shape: Anatomy, job: Job, process: int | None = None, file: int | None = None) -> Estimate:
@@ -144,10 +145,11 @@ def estimate(shape: Anatomy, job: Job, process: int | None = None, file: int | N
     head, chunk = head_of(shape, job)
     # Gradients of a step are there from its first pass on; where it has but one, they come as activations go.
     before = gradients if job.passes > 1 else 0
-    block = copies_of(replace(shape, layers=1), job)
-    forward = weights | moving | {
-        "gradients": before, "copies": copies, "activations": kept, "head": head + chunk,
-    }  # fmt: skip
+    block = (copies - (2 * shape.table if job.kind == "full" and job.c == 2 else 0)) // shape.layers
+    held = {"copies": copies, "head": head + chunk}
+    if job.checkpointing:  # nothing keeps the copies once the blocks are through, and the head comes after them
+        held = dict([max(held.items(), key=lambda item: item[1])])
+    forward = weights | moving | {"gradients": before, "activations": kept} | held
     backward = weights | moving | {
         "gradients": before, "copies": block if job.checkpointing else copies,
         "activations": kept + (one if job.checkpointing else 0) + workspace(shape, job), "head": head,
@@ -155,12 +157,17 @@ def estimate(shape: Anatomy, job: Job, process: int | None = None, file: int | N
     # At the end of the way back the table has a gradient from the head and another from the words.
     table = 4 * shape.table if job.kind == "full" else 0
     ending = weights | moving | {"gradients": gradients, "table": table * (2 if job.passes > 1 else 1)}
-    moments = {"forward": forward, "backward": backward, "ending": ending}
+    moments: dict[str, dict[str, int]] = {"forward": forward, "backward": backward, "ending": ending}
+    if job.optimizer == "muon":  # matrices of one size are turned together, in 16 bits and several copies
+        moments["moving"] = weights | moving | {"gradients": gradients, "copies": 4 * min(MUON_TOGETHER, shape.body)}
     base: dict[str, int] = {}
     if job.device == "cpu":
         base["process"] = usual_process() if process is None else process
         for moment in moments.values():
-            moment["holes"] = int(HOLES * sum(moment.get(name, 0) for name in PASSING))
+            passing = activations(shape, replace(job, checkpointing=False)) if "activations" in moment else 0
+            large = sum(moment.get(name, 0) for name in ("copies", "head", "table"))
+            many = shape.gated or job.checkpointing
+            moment["holes"] = int((HOLES_MANY if many else HOLES_FEW) * passing + HOLES_LARGE * large)
     worst = max(moments, key=lambda name: sum(moments[name].values()))
     parts = tuple((name, int(size)) for name, size in (base | moments[worst]).items() if size)
     # What is read is mapped: weights that stay in the bits of the file are the file, others stand beside it.
