@@ -56,8 +56,10 @@ def make_tokenizer(folder: Path, pad: bool = True) -> None:
     ).save_pretrained(folder)  # fmt: skip
 
 
-def make_model(folder: Path, kind: str = "gpt2", seed: int = 0, dropout: float = 0.0, context: int = 128) -> Path:
-    """A random model of two layers, 32 wide, 320 tokens, with its tokenizer: `gpt2` or `llama`."""
+def make_model(
+    folder: Path, kind: str = "gpt2", seed: int = 0, dropout: float = 0.0, context: int = 128, wide: int = 32
+) -> Path:
+    """A random model of two layers, 320 tokens, with its tokenizer: `gpt2` or `llama`."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -66,14 +68,14 @@ def make_model(folder: Path, kind: str = "gpt2", seed: int = 0, dropout: float =
     if kind == "llama":
         model = LlamaForCausalLM(
             LlamaConfig(
-                vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                vocab_size=320, hidden_size=wide, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
                 num_key_value_heads=1, max_position_embeddings=context, **ends,
             )
         )  # fmt: skip
     else:
         drops = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
         model = GPT2LMHeadModel(
-            GPT2Config(vocab_size=320, n_positions=context, n_embd=32, n_layer=2, n_head=2, **drops, **ends)
+            GPT2Config(vocab_size=320, n_positions=context, n_embd=wide, n_layer=2, n_head=2, **drops, **ends)
         )
     model.save_pretrained(folder)
     make_tokenizer(folder)

@@ -334,3 +334,21 @@ def test_a_base_that_was_moved(here, tiny):
     assert open_company("otra", ["voz"]).guests[0].generate("Hola", max_new_tokens=2).persona == "voz"
     with pytest.raises(MaeseError, match="ADAPT-01"):  # the same shape, other weights
         open_company(str(make_model(here / "ajena", seed=9)), ["voz"])
+
+
+def test_an_adapter_of_another_shape_without_notes(here, tiny, tiny_llama, voices):
+    """It is refused before anything is put on the model, which goes on as it was."""
+    make_model(here / "ancho", wide=64)
+    make_voice(here / "ancha", here / "ancho")
+    shutil.copytree(voices["llama"][0], here / "llama")
+    for name in ("ancha", "llama"):
+        (here / name / adapter.ABOUT).unlink()
+    company = open_company(str(tiny))
+    before = company.generate("Hola", temperature=0.0, max_new_tokens=8).text
+    for name in ("ancha", "llama"):
+        with pytest.raises(MaeseError, match="ADAPT-01"):
+            company.add(name)
+    assert company.generate("Hola", temperature=0.0, max_new_tokens=8).text == before
+    assert company.add(str(voices["gpt2"][0])).name == "ana"
+    with pytest.raises(MaeseError, match="PERSONA-01"):
+        company.generate("Hola", "nadie")

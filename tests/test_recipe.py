@@ -66,6 +66,7 @@ def test_the_three_recipes_are_there():
         ("eval.prompts=[Uno, 'Dos, tres']", "eval.prompts", ["Uno", "Dos, tres"]),
         ("eval.prompts=['1,5']", "eval.prompts", ["1,5"]),
         ("generate.stop=['###']", "generate.stop", ["###"]),
+        ("generate.system=2026", "generate.system", "2026"),
         ("output=nan", "output", "nan"),
         ("output=2e-4", "output", "2e-4"),
         ("output=2026", "output", "2026"),

@@ -28,6 +28,7 @@ FALSE_FRIENDS = {
     "learning_rate": "train.lr", "batch_size": "train.micro_batch", "per_device_train_batch_size": "train.micro_batch",
     "gradient_accumulation_steps": "train.accumulation", "num_train_epochs": "train.epochs", "r": "method.rank",
     "lora_r": "method.rank", "lora_alpha": "method.alpha", "lora_dropout": "method.dropout", "model": "base",
+    "system_prompt": "generate.system",
 }  # fmt: skip
 # The models that travel with the package: one that continues prose, and the same one taught to answer.
 INSIDE = {

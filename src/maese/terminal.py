@@ -136,6 +136,8 @@ def list_runs(json: bool = False, quiet: int = 0) -> None:
 def answer(writer: Any, prompt: str, settings: dict[str, Any], json: bool = False, quiet: int = 0) -> None:
     """Write after a prompt: as it comes on a terminal, whole otherwise."""
     chosen = writer.with_settings(settings)
+    if settings.get("system") and writer.format == "text":
+        talk(say("generate.no_system"), json, quiet)
     # Sentences may take several attempts, and an attempt that failed should not be seen.
     live = sys.stdout.isatty() and not json and not chosen.sentences
     if live:

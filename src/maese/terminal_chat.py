@@ -38,6 +38,8 @@ def chat(company: Any, settings: dict[str, Any], save: Path | None = None, json:
             room.do(line)
         except MaeseError as problem:
             sys.stderr.write(f"{problem}\n")
+        except KeyboardInterrupt:  # of a table or a file half way; a reply keeps what it had
+            sys.stderr.write("\n")
 
 
 class Room:
@@ -58,6 +60,8 @@ class Room:
         writer = self.chat.writer
         kind = "chat.hello_text" if writer.format == "text" else "chat.hello"
         self.say(say(kind, name=writer.name))
+        if self.chat.settings.get("system") and writer.format == "text":
+            self.say(say("generate.no_system"))
         self.introduce(writer.name)
 
     def introduce(self, name: str) -> None:

@@ -166,7 +166,7 @@ class Chat:
 
     def _set(self, name: str, value: str) -> tuple[str, dict[str, Any]]:
         if name == "system" and self.writer.format == "text":
-            return "chat.no_system", {"name": self.writer.name}
+            return "generate.no_system", {}
         if value:
             typed = ("" if value == NO_VOICE else value) if name == "system" else scalar(value)
             changed = self.settings | {name: typed}

@@ -171,8 +171,9 @@ class Company:
         return write_many(writers, rows, chosen, on_text, on_end, stoppable)
 
     def generate(self, prompt: str, persona: str | None = None, **settings: Any) -> Answer:
-        """What one of them writes after a prompt; without a name, the one it was opened with."""
-        return self.writers[persona or self.main].generate(prompt, **settings)
+        """What one of them writes after a prompt, brought if it is not here; without a name, that of the beginning."""
+        name = persona or self.main
+        return (self.writers.get(name) or self.add(name)).generate(prompt, **settings)
 
 
 def open_company(what: str | Path | runs.Run, personas: Sequence[str] = ()) -> Company:

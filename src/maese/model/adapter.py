@@ -88,6 +88,8 @@ def attach(model: Any, folder: Path, base: Path, name: str | None = None) -> Any
         )
     check_base(folder, base)
     _make_room(model, folder, base)
+    if not _fits(model, folder):  # an adapter of another architecture, without our notes
+        raise MaeseError("ADAPT-01", adapter=str(folder), expected="—", found=str(base))
     try:
         if name is None:
             return PeftModel.from_pretrained(model, str(folder)).eval()
@@ -100,8 +102,33 @@ def attach(model: Any, folder: Path, base: Path, name: str | None = None) -> Any
             model = PeftModel.from_pretrained(model, str(folder), name)
         _narrow(model, folder, name)
         return model.requires_grad_(False).eval()
-    except RuntimeError as problem:  # shapes that do not fit: an adapter of another architecture without our notes
+    except RuntimeError as problem:  # what else PEFT finds that does not fit
         raise MaeseError("ADAPT-01", adapter=str(folder), expected="—", found=str(base)) from problem
+
+
+def _fits(model: Any, folder: Path) -> bool:
+    """Whether every matrix of an adapter goes on one of this model: asked before PEFT begins to change it."""
+    from safetensors import safe_open
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    modules = dict(inner.named_modules())
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        for key in file.keys():  # noqa: SIM118  # it is no dict
+            name, mark, kind = key.removeprefix("base_model.model.").partition(".lora_")
+            shape = file.get_slice(key).get_shape()
+            if not mark or kind not in ("A.weight", "B.weight") or len(shape) != 2:
+                continue
+            taken, given = _widths(modules[name]) if name in modules else (0, 0)
+            if (shape[1] != taken) if kind == "A.weight" else (shape[0] != given):  # A is (R, I), B is (O, R)
+                return False
+    return True
+
+
+def _widths(module: Any) -> tuple[int, int]:
+    """What a linear module takes and gives; GPT-2 keeps its matrices transposed."""
+    if hasattr(module, "in_features"):
+        return module.in_features, module.out_features
+    return tuple(module.weight.shape) if hasattr(module, "nf") else (0, 0)
 
 
 def _narrow(model: Any, folder: Path, name: str) -> None:
