@@ -144,7 +144,7 @@ def sets(first: dict, second: dict) -> str:
     rows = []
     for name, now in second["bits_per_byte"].items():
         was, value = first["bits_per_byte"][name]["value"], now["value"]
-        change = es(100 * (value / was - 1), 1).replace("-", "−")
+        change = f"{100 * (value / was - 1):+.1f}".replace("-", "−").replace(".", ",")
         rows.append(f"| {WHAT[name]} | {es(now['bytes'])} | {es(was, 3)} | {es(value, 3)} | {change} % |")
     return "\n".join(rows)
 
@@ -183,6 +183,7 @@ def instruct_card(model: Any, tokenizer: Any) -> str:
     read = read_by(Run(BUILD / "instruct"), 1 << 30)
     return INSTRUCT_CARD.read_text("utf-8").format(
         parameters=f"{scores['parameters']:,}", steps=es(read["steps"]), was=es(was, 3), now=es(now, 3),
+        was_en=f"{was:.3f}", now_en=f"{now:.3f}",
         tokens=es(read["tokens"] / 1e6, 1), minutes=es(read["seconds"] / 60),
         change=es(100 * (now / was - 1), 1).replace("-", "−"), sets=sets(base, scores),
         asked=found["asked"], ended=es(100 * found["ended"] / found["asked"], 1), told=found["told"],

@@ -24,7 +24,7 @@ def test_the_pokemon_recipe_has_the_numbers_of_its_exercise():
     recipe = recipes.load("pokemon")
     method, train = recipe.method, recipe.train
     assert (method.kind, method.rank, method.alpha, method.dropout) == ("lora", 16, 32, 0.1)
-    assert method.targets == ["c_attn", "c_proj", "c_fc"]
+    assert method.targets == "all-linear"  # of GPT-2: c_attn, c_proj and c_fc (see test_model)
     assert (train.epochs, train.micro_batch, train.accumulation, train.lr) == (5, 1, 4, 5e-5)
     assert (train.weight_decay, train.schedule, recipe.data.max_length) == (0.01, "cosine", 256)
     assert (recipe.data.format, recipe.data.loss) == ("qa", "assistant")

@@ -226,7 +226,7 @@ def published(folder: Path) -> dict[str, Any]:
 def base_of(folder: Path, base: str | None = None) -> Path:
     """The folder of the weights an adapter goes over. Error: ADAPT-04 (they are no longer where they were)."""
     named = base or adapter.about_adapter(folder).get("base", "embedded")
-    if Path(named).is_absolute() and not Path(named).is_dir():
+    if Path(named).is_absolute() and not Path(named).exists():
         raise MaeseError("ADAPT-04", path=str(folder), base=named)
     return load.resolve(named)
 

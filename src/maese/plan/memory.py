@@ -152,7 +152,7 @@ def estimate(shape: Anatomy, job: Job, process: int | None = None, file: int | N
     forward = weights | moving | {"gradients": before, "activations": kept} | held
     backward = weights | moving | {
         "gradients": before, "copies": block if job.checkpointing else copies,
-        "activations": kept + (one if job.checkpointing else 0) + workspace(shape, job), "head": head,
+        "activations": int(kept + (one if job.checkpointing else 0) + workspace(shape, job)), "head": head,
     }  # fmt: skip
     # At the end of the way back the table has a gradient from the head and another from the words.
     table = 4 * shape.table if job.kind == "full" else 0
