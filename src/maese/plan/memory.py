@@ -141,7 +141,7 @@ def estimate(shape: Anatomy, job: Job, process: int | None = None, file: int | N
     weights = {"weights": weights_of(shape, job), "adapters": 0 if job.kind == "full" else 4 * trained}
     moving = {"optimizer": optimizer_of(shape, job, trained)}
     gradients, copies = 4 * trained, copies_of(shape, job)
-    kept, one = activations(shape, job), kept_by_block(shape, job) * job.tokens
+    kept, one = activations(shape, job), int(kept_by_block(shape, job) * job.tokens)
     head, chunk = head_of(shape, job)
     # Gradients of a step are there from its first pass on; where it has but one, they come as activations go.
     before = gradients if job.passes > 1 else 0
