@@ -274,3 +274,19 @@ def test_peft_is_told_which_rows(recipe, questions, bases):
     config = json.loads((run.final / "adapter_config.json").read_text("utf-8"))
     assert config["trainable_token_indices"] == {"embed_tokens": [320, 321, 322]}
     assert config["rank_pattern"] == config["alpha_pattern"] == {"lm_head": 3}
+
+
+@pytest.mark.slow
+def test_the_recipe_of_the_tutor_learns_on_a_phi_of_more_than_a_hundred_million(questions, tmp_path):
+    """As it travels, but for the size of the base and the rate: 4 bits, new rows, paged states, checkpointing."""
+    from maese import recipe as recipes
+    from maese.generate.engine import open_writer
+
+    folder = save_model(tmp_path / "phi", "phi", width=768, layers=12, vocabulary=32_000, max_position_embeddings=2048)
+    changes = ["data.sources=[{path: preguntas.txt}]", "data.format=qa", "train.max_steps=12", "train.epochs=9"]
+    more = [f"base={folder}", "train.lr=2e-3", "eval.prompts=[]", "output=tutor"]
+    run = train(recipes.load("tutor-phi2", [*changes, *more]))
+    plan = next(e for e in run.history() if e["type"] == "plan")
+    losses = [e["loss"] for e in run.history() if e["type"] == "step"]
+    assert plan["parameters"] >= 100e6 and plan["unpadded"] and sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    assert 32_000 - 3 > max(open_writer(run).prompt_ids("¿Cuánto es 2 más 2?")) >= 320

@@ -43,6 +43,7 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     tokens_K: torch.Tensor | None = None  # those tokens
+    adapter: str | None = None  # of that name
 
     def loss(
         self, hidden_ND: torch.Tensor, targets_N: torch.Tensor, dtype: torch.dtype, compiled: bool = False
@@ -230,15 +231,16 @@ def head_of(model: Any) -> Head | None:
     # With pieces of it on other processes only what was known before it was cut can be told.
     if module is not None and (in_pieces(module) or hasattr(module, "set_requires_gradient_sync")):
         return known if known and known.module is module else None
-    if inner not in _KNOWN or (known and known.module is not module):
+    now = in_use(module)
+    if inner not in _KNOWN or (known and (known.module is not module or (now and known.adapter != now))):
         # Other adapters on the head, or few bits: each has its own way to multiply.
         plain = type(module) is torch.nn.Linear
         matrix, tokens_K = (module, None) if plain else replaced(module) or (None, None)
         if type(matrix) is not torch.nn.Linear or not matrix.weight.numel() or matrix.weight.device.type == "meta":
             return None
-        known = _KNOWN[inner] = _tried(inner, Head(module, matrix, tokens_K=tokens_K))
+        known = _KNOWN[inner] = _tried(inner, Head(module, matrix, tokens_K=tokens_K, adapter=now))
     # Where they may be off or merged since then.
-    return None if known and known.tokens_K is not None and in_use(module) is None else known
+    return None if known and known.adapter != now else known
 
 
 def in_pieces(module: Any) -> bool:

@@ -100,8 +100,9 @@ def replaced(module: Any) -> tuple[Any, Tensor] | None:
     if not hasattr(module, "lora_A") or module.lora_variant or (name := in_use(module)) is None:
         return None
     chosen_VK = module.lora_B[name].weight
-    ones = bool(((chosen_VK != 0).sum(0) == 1).all() and (chosen_VK.sum(0) == 1).all())
-    if chosen_VK.requires_grad or not ones or module.scaling[name] != 1:
+    if chosen_VK.requires_grad or module.scaling[name] != 1:
+        return None
+    if not bool(((chosen_VK != 0).sum(0) == 1).all() and (chosen_VK.sum(0) == 1).all()):
         return None
     return module.get_base_layer(), chosen_VK.argmax(0)
 
@@ -143,10 +144,19 @@ def _forward(layer: Any, usual: Any, x: Tensor, *args: Any, **kwargs: Any) -> Te
     name, base = _only(layer, layer.trainable_tokens_delta), layer.get_base_layer()
     if name is None or args or kwargs or base.weight.requires_grad or getattr(base, "max_norm", None) is not None:
         return usual(x, *args, **kwargs)
-    ids = torch.tensor(layer.token_indices[name], device=x.device)
+    ids = _kept_ids(layer, name, x.device)
     rows = layer.trainable_tokens_delta[name].to(base.weight.dtype)
     if isinstance(base, torch.nn.Linear):
         out = F.linear(x, base.weight)
         return out.index_copy_(-1, ids, F.linear(x, rows).to(out.dtype))
     out, match = F.embedding(x, base.weight, base.padding_idx), x[..., None] == ids
     return torch.where(match.any(-1, keepdim=True), F.embedding(match.int().argmax(-1), rows), out)
+
+
+def _kept_ids(layer: Any, name: str, device: torch.device) -> Tensor:
+    """The tokens of an adapter, made once: to send them in each pass would have a card wait."""
+    kept = layer.__dict__.setdefault("kept_ids", {})
+    if (name, device) not in kept:
+        kept[name, device] = torch.tensor(layer.token_indices[name], device=device)
+    found: Tensor = kept[name, device]
+    return found
