@@ -152,7 +152,6 @@ def test_a_base_in_4_bits_is_whole_on_each_process_and_learns_what_one_does(reci
     changes = plain(*kept, "data.template=maese", "data.marks=add")
     train(recipe("output=one-qlora", *changes))
     assert pair([do("train", "output=two-qlora", *changes)], {}) == [[None], [None]]
-    assert pair([do("train", "output=no", *plain(*kept))], FSDP2) == [["QUANT-02"], ["QUANT-02"]]
     one, two = (weights(Run(f"{name}-qlora")) for name in ("one", "two"))
     assert same(Run("one-qlora"), Run("two-qlora")) and one.keys() == two.keys()
     assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-4
