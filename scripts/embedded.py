@@ -214,7 +214,10 @@ QUESTIONS = (
 
 
 def install(_args: argparse.Namespace) -> None:
-    """Copy both models into the package, their weights in bf16, each with its card."""
+    """Copy both models into the package, their weights in bf16, each with its card.
+
+    The personalities go with the base they were trained over: scripts/personas.py makes and puts them back.
+    """
     import torch
 
     from maese.model.load import load_model, load_tokenizer
