@@ -82,6 +82,23 @@ def make_model(
     return folder
 
 
+@pytest.fixture
+def maese(capsys, monkeypatch):
+    """`maese("train", …)`: exit code, stdout and stderr of the command line."""
+    from maese.cli import run as command_line
+
+    for name, value in (("MAESE_LANG", "es"), ("NO_COLOR", "1")):  # what --lang and --no-color set is forgotten after
+        monkeypatch.setenv(name, value)
+
+    def call(*words):
+        capsys.readouterr()
+        code = command_line([str(word) for word in words])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """A tiny GPT-2 with dropout, so that the random state matters."""

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 from conftest import make_model, make_tokenizer
 
-from maese.cli import run as command_line
 from maese.say import catalogue
 
 CODES = sorted(key.split(".")[1] for key in catalogue("es") if re.fullmatch(r"error\.[A-Z]+-\d\d\.why", key))
@@ -24,19 +23,10 @@ LABELS = {"found": "encontré", "expected": "esperaba", "try": "prueba"}
 
 
 @pytest.fixture
-def maese(capsys, here, monkeypatch):
-    """`maese("train", …)`: exit code, stdout and stderr of the command line."""
+def maese(maese, here, monkeypatch):
     # Figures take longer than the training of a model of two layers.
     monkeypatch.setattr("maese.report.curves.plot", lambda run: None)
-    monkeypatch.setenv("MAESE_LANG", "es")
-    capsys.readouterr()
-
-    def call(*words):
-        code = command_line([str(word) for word in words])
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
+    return maese
 
 
 @pytest.fixture

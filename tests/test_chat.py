@@ -260,17 +260,6 @@ def test_generate_takes_personalities_too(maese, tiny, folders):
     assert bare != one[1] and maese("generate", tiny, "Hola", "--system", "Otra", *asked[:2])[1] != one[1]
 
 
-@pytest.fixture
-def maese(capsys):
-    def call(*words):
-        capsys.readouterr()
-        code = command_line([str(word) for word in words])
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
-
-
 def test_the_door_of_python(tiny, folders):
     import maese
 

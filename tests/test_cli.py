@@ -27,21 +27,6 @@ generate: {{max_new_tokens: 12}}
 """
 
 
-@pytest.fixture
-def maese(capsys, monkeypatch):
-    """`maese("train", …)`: exit code, stdout and stderr of the command line."""
-    for name in ("MAESE_LANG", "NO_COLOR"):  # what --lang and --no-color set is forgotten after each test
-        monkeypatch.setenv(name, "es" if name == "MAESE_LANG" else "1")
-
-    def call(*words):
-        capsys.readouterr()
-        code = command_line([str(word) for word in words])
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory, tiny):
     """A folder with a recipe, a book and two runs trained from the command line: what they said is in `said`."""

@@ -7,22 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from maese.cli import run as command_line
-
 PAIRS = [(f"¿Cuánto es {i} más {i}?", f"Son {2 * i}.") for i in range(60)]
 
 
-@pytest.fixture
-def maese(capsys, here, monkeypatch):
-    monkeypatch.setenv("MAESE_LANG", "es")
-
-    def call(*words):
-        capsys.readouterr()
-        code = command_line([str(word) for word in words])
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(here):
+    return here
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from maese import recipe as recipes
-from maese.cli import run as command_line
 from maese.errors import MaeseError
 from maese.plan import cost, fit, memory, shape
 from maese.run import Run
@@ -27,18 +26,9 @@ def recipe_of(**train):
 
 
 @pytest.fixture
-def maese(capsys, monkeypatch):
-    """`maese("plan", …)`: exit code, stdout and stderr."""
-    monkeypatch.setenv("MAESE_LANG", "es")
+def maese(maese, monkeypatch):
     monkeypatch.setattr("maese.plan.machine._card", lambda: None)  # no card is asked what it has
-
-    def call(*words):
-        capsys.readouterr()
-        code = command_line([str(word) for word in words])
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
+    return maese
 
 
 def test_each_way_saves_what_it_says_and_the_batch_stays():

@@ -220,7 +220,8 @@ def published(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     said = json.loads(path.read_text("utf-8"))
-    return said | ({} if said.get("do_sample") else {"temperature": 0.0} if "do_sample" in said else {})
+    greedy = "do_sample" in said and not said["do_sample"]
+    return said | ({"temperature": 0.0} if greedy else {})
 
 
 def base_of(folder: Path, base: str | None = None) -> Path:
