@@ -119,14 +119,16 @@ def speed(model: Any, tokenizer: Any) -> float:
 
 
 def trained() -> dict[str, float]:
-    """What the weights that ship have read: the checkpoint the end began from, not all that its run went on to do."""
-    end = Run(BUILD / "end")
-    last = int(str(end.recipe().base).rsplit("-", 1)[-1])
+    """What the weights that ship have read: of each run before the last, up to the checkpoint the next began from."""
+    run, until = Run(BUILD / "end"), 1 << 30
     total = {"tokens": 0.0, "steps": 0.0, "seconds": 0.0}
-    for run, until in ((Run(BUILD / "run" / "pretrain"), last), (end, 1 << 30)):
+    while True:
         for name, value in read_by(run, until).items():
             total[name] += value
-    return total
+        base = Path(str(run.recipe().base))
+        if base.parent.name != "checkpoints":
+            return total
+        run, until = Run(base.parents[1]), int(base.name.rsplit("-", 1)[-1])
 
 
 def read_by(run: Run, until: int) -> dict[str, float]:
@@ -200,7 +202,8 @@ WHAT = {
     "instructions": "respuestas a instrucciones",
 }  # fmt: skip
 KINDS = {
-    "literature": "literatura", "technical": "técnica", "sentences": "oraciones (Tatoeba)", "proverbs": "refranes",
+    "literature": "literatura", "old": "literatura anterior a 1700", "technical": "técnica",
+    "sentences": "oraciones (Tatoeba)", "proverbs": "refranes",
     "laws": "leyes de Argentina y Uruguay", "bible": "Reina-Valera 1909", "instructions": "instrucciones",
 }  # fmt: skip
 STARTS = ("La noche", "El capitán", "Para instalar el programa", "Mi hermana")

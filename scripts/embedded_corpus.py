@@ -28,7 +28,7 @@ BUILD = Path("build/embedded")
 UNREAD = ("Los cursos", "El caballero de las botas azules", "Viaje a los Estados Unidos, Tomo III", "Nelly",
           "Cabezas: Pensadores", "Socialismo y ciencia positiva", "Cuentos Clásicos del Norte, Primera",
           "La Novela Picaresca")  # fmt: skip
-# Words of the names of authors up to the seventeenth century: all of them are left out, some to be measured on.
+# Words of the names of authors up to the seventeenth century: some to be measured on, a little of the others is learnt.
 OLD = ("gracian", "espinel", "velez de guevara", "calderon de la barca", "lope de vega", "quevedo", "luis de leon",
        "ruiz de alarcon", "tirso", "hurtado de mendoza", "luis milan", "delicado", "villegas selvago", "munon",
        "juan ruiz", "pulgar", "pedro de aguado", "bartolome de las casas", "lizarraga", "cieza", "cabeza de vaca",
@@ -39,6 +39,7 @@ OLD_MEASURED = ("gracian", "espinel", "velez de guevara", "calderon de la barca"
 COMMON = ("benito", "perez", "fernandez", "vicente", "armando", "enrique", "guillermo", "pierre", "edgar")
 OF_AUTHOR = 500_000  # bytes of one author, whose name may be spelt in several ways
 OF_OLD_SPELLING = 120_000  # of one that writes «á» and «fué», as was done until 1911
+OF_OLD_AUTHOR = 250_000  # of one of the sixteenth or the seventeenth century
 OLD_SPELLING = 1.0  # «á» standing alone in a thousand words, above which a work is of the old one
 LAWS, BIBLE = 5_000_000, 500_000
 SLICE = slice(20_000, 60_000)  # letters of a work that are measured on: its middle, not its title page
@@ -85,14 +86,16 @@ def old_spelling(text: str) -> bool:
     return 1000 * len(re.findall(r"\s[áóéú]\s", text)) / words > OLD_SPELLING
 
 
-def literature(path: Path, quijote: Path) -> tuple[list[dict], dict[str, list[dict]], dict[str, str]]:
-    """Works to learn from, works to measure on (`authors`, `centuries`), and why the others are left out."""
+def literature(path: Path, quijote: Path) -> tuple[dict[str, list[dict]], dict[str, list[dict]], dict[str, str]]:
+    """Works to learn from (`literature`, and `old` those before 1700), to measure on (`authors`, `centuries`), and why
+    the others are left out."""
     forbidden = shingles(quijote.read_text("utf-8"))
     every = sorted(rows(path), key=lambda work: number(work["id"]))
     held: dict[str, list[dict]] = {"authors": [], "centuries": []}
     apart = {author_key(w["author"] or "?") for w in every if w["title"].startswith(UNREAD)} - {"various", "?"}
     used: dict[str, int] = {}
-    read, dropped = [], {}
+    read: dict[str, list[dict]] = {"literature": [], "old": []}
+    dropped = {}
     for work in every:
         name = plain(work["author"] or "?")
         key = author_key(work["author"] or "?")
@@ -101,24 +104,25 @@ def literature(path: Path, quijote: Path) -> tuple[list[dict], dict[str, list[di
             held["authors"].append(work)
         elif "ervantes" in (work["author"] or "") or "uijote" in work["title"]:
             dropped[work["id"]] = "Cervantes"
-        elif any(old in name for old in OLD):
-            measured = any(old in name for old in OLD_MEASURED) and len(work["text"]) > SLICE.stop
-            if measured and key not in {author_key(w["author"]) for w in held["centuries"]}:
+        elif any(old in name for old in OLD_MEASURED):
+            if len(work["text"]) > SLICE.stop and key not in {author_key(w["author"]) for w in held["centuries"]}:
                 held["centuries"].append(work)
-            dropped[work["id"]] = "another century, left out or measured on"
+            dropped[work["id"]] = "another century, measured on"
         elif key in apart:
             dropped[work["id"]] = "author held out"
         else:
+            kind = "old" if any(old in name for old in OLD) else "literature"
             most = OF_OLD_SPELLING if old_spelling(work["text"]) else OF_AUTHOR
-            room = most - used.get(key, 0)
+            most = OF_OLD_AUTHOR if kind == "old" else most
+            room = most - used.get(kind + key, 0)
             if room < 50_000:
                 dropped[work["id"]] = "enough of this author"
             elif len(shared := shingles(work["text"][:room]) & forbidden) > 20:
                 dropped[work["id"]] = f"shares {len(shared)} runs of 8 words with the Quijote"
             else:
                 work["text"] = work["text"].encode()[:room].decode(errors="ignore").strip()
-                used[key] = used.get(key, 0) + len(work["text"].encode())
-                read.append(work)
+                used[kind + key] = used.get(kind + key, 0) + len(work["text"].encode())
+                read[kind].append(work)
     return read, held, dropped
 
 
@@ -191,7 +195,7 @@ def main() -> None:
     asked = [row | {"text": as_text(row), "id": f"instrucciones/{i}"} for i, row in enumerate(map(json.loads, lines))]
     taught, taught_apart = apart(asked)
     texts = {
-        "literature": read, "technical": pages, "sentences": sentences, "proverbs": proverbs, "laws": laws,
+        **read, "technical": pages, "sentences": sentences, "proverbs": proverbs, "laws": laws,
         "bible": bible, "instructions": [row | {"license": row["licencia"]} for row in taught],
     }  # fmt: skip
     files = [write(f"text/{name}.jsonl", every) for name, every in texts.items()]
@@ -212,7 +216,7 @@ def main() -> None:
         "collections": {path.name: sha256(path) for path in collections},
         "files": {str(p.relative_to(BUILD)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files},
         "licenses": {name: by_license(every) for name, every in texts.items()},
-        "works": [about(work) for work in read],
+        "works": [about(work) for works in read.values() for work in works],
         "measured": {name: [about(work) for work in works] for name, works in held.items()},
         "dropped": dropped,
     }
