@@ -147,7 +147,7 @@ def sets(first: dict, second: dict) -> str:
     for name, now in second["bits_per_byte"].items():
         was, value = first["bits_per_byte"][name]["value"], now["value"]
         change = f"{100 * (value / was - 1):+.1f}".replace("-", "−").replace(".", ",")
-        rows.append(f"| {WHAT[name]} | {es(now['bytes'])} | {es(was, 3)} | {es(value, 3)} | {change} % |")
+        rows.append(f"| {WHAT[name]} | {es(now['bytes'])} | {es(was, 3)} | {es(value, 3)} | {change} % |")
     return "\n".join(rows)
 
 
@@ -159,7 +159,7 @@ def base_card(model: Any, tokenizer: Any) -> str:
     """The card of the model that continues prose: what was measured, and what its runs' events say."""
     first, base, manifest = read_scores("first"), read_scores("base"), json.loads((BUILD / "manifest.json").read_text())
     licenses = "\n".join(
-        f"| {KINDS[kind]} | {license} | {es(size / 1e6, 1)} |"
+        f"| {KINDS[kind]} | {LICENSES.get(license, license)} | {es(size / 1e6, 1) if size >= 50_000 else '<0,1'} |"
         for kind, found in manifest["licenses"].items()
         for license, size in found.items()
     )
@@ -184,7 +184,8 @@ def instruct_card(model: Any, tokenizer: Any) -> str:
     was, now = (some["bits_per_byte"]["instructions"]["value"] for some in (base, scores))
     read = read_by(Run(BUILD / "instruct"), 1 << 30)
     return INSTRUCT_CARD.read_text("utf-8").format(
-        parameters=f"{scores['parameters']:,}", steps=es(read["steps"]), was=es(was, 3), now=es(now, 3),
+        parameters=f"{scores['parameters']:,}", parametros=es(scores["parameters"]),
+        steps=es(read["steps"]), was=es(was, 3), now=es(now, 3),
         was_en=f"{was:.3f}", now_en=f"{now:.3f}",
         tokens=es(read["tokens"] / 1e6, 1), minutes=es(read["seconds"] / 60),
         change=es(100 * (now / was - 1), 1).replace("-", "−"), sets=sets(base, scores),
@@ -205,6 +206,12 @@ KINDS = {
     "literature": "literatura", "old": "literatura anterior a 1700", "technical": "técnica",
     "sentences": "oraciones (Tatoeba)", "proverbs": "refranes",
     "laws": "leyes de Argentina y Uruguay", "bible": "Reina-Valera 1909", "instructions": "instrucciones",
+}  # fmt: skip
+LICENSES = {
+    "public domain": "dominio público", "public domain (US)": "dominio público (EE. UU.)",
+    "Public Domain Mark 1.0": "dominio público (marca 1.0)",
+    "text PD, markup CC-BY 4.0": "texto en dominio público, marcado CC-BY 4.0",
+    "CC-BY 4.0 (texts PD)": "CC-BY 4.0 (textos en dominio público)",
 }  # fmt: skip
 STARTS = ("La noche", "El capitán", "Para instalar el programa", "Mi hermana")
 QUESTIONS = (

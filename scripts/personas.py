@@ -22,6 +22,7 @@ from maese.generate.personas import PERSONAS, open_company
 from maese.model import adapter, load
 from maese.model.fingerprint import parameters
 from maese.run import Run
+from maese.say import duration
 
 BUILD = Path("build/personas")
 RECIPES = {"algoritmos": "tutor", "socratico": "socratico", "narrador": "narrador"}
@@ -97,9 +98,10 @@ def card(run: Run, folder: Path, name: str) -> str:
     return CARD.read_text("utf-8").format(
         name=name, voice=recipe.generate.system, rank=recipe.method.rank, recipe=recipe.name,
         source=recipe.data.sources[0].path, general=recipe.eval.general, parameters=es(every),
-        trained=es(plan["trainable"]), share=es(100 * plan["trainable"] / every, 1),
+        trained=es(plan["trainable"]), trained_en=f"{plan['trainable']:,}", parameters_en=f"{every:,}",
+        share=es(100 * plan["trainable"] / every, 1),
         size=es((folder / WEIGHTS).stat().st_size / 1e3), rows=es(plan["rows"]), held=es(plan["validation_rows"]),
-        tokens=es(ended["tokens"]), steps=es(ended["final_step"]), minutes=es(ended["seconds"] / 60, 1),
+        tokens=es(ended["tokens"]), steps=es(ended["final_step"]), time=duration(ended["seconds"]),
         before=es(losses[0], 3), after=es(min(losses), 3), general_before=es(elsewhere[0], 3),
         general_after=es(elsewhere[-1], 3), rounding=es(rounding(run, writer, recipe.eval.prompts), 3),
         samples="\n\n".join(samples),

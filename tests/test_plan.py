@@ -152,7 +152,7 @@ def test_phi_2_is_planned_at_full_size_in_a_second_without_torch():
         spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     # Of a processor, and not of a clock that others share: it does one thing after another, and waits for nothing.
     assert min(spent) < 1.0
-    assert "2,8 mil M" in done.stdout and "QLoRA" in done.stdout
+    assert "2.780 M" in done.stdout and "QLoRA" in done.stdout
 
 
 @pytest.mark.parametrize("lang", ["es", "en"])

@@ -285,7 +285,7 @@ def test_without_the_package_it_says_what_to_install(recipe, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(MaeseError) as problem:
         train(recipe(*QLORA))
-    assert problem.value.code == "DEP-01" and "maese[qlora]" in str(problem.value)
+    assert problem.value.code == "DEP-01" and ".[qlora]" in str(problem.value)
 
 
 @pytest.mark.parametrize("how", ["broken", "wrong"])

@@ -120,7 +120,8 @@ def explain(code: str | None) -> None:
     if shown:
         width = max(map(len, shown))
         for key in shown:
-            click.echo(f"{key:<{width}}  {say(f'key.{key}')} [{recipes.typed(keys[key])}]")
+            value = recipes.typed(keys[key]) if keys[key] not in (None, []) else say("cli.explain.none")
+            click.echo(f"{key:<{width}}  {say(f'key.{key}')} [{value}]")
     elif code is None:
         for each in codes:
             click.echo(f"{each:<12} {words[f'error.{each}.why'].split('. ')[0].rstrip('.')}")
@@ -249,7 +250,7 @@ def compare(ctx: click.Context, run: str, prompts: tuple[str, ...], class_sheet:
 
 
 @cli.command("compare-architectures", help=say("cli.compare_architectures.help"))
-@click.argument("paths", nargs=-1, metavar=say("cli.metavar.files"))
+@click.argument("paths", nargs=-1, metavar=f"[{say('cli.metavar.files')}]")
 @click.option("--labels", metavar=say("cli.metavar.file"), help=say("cli.compare_architectures.labels"))
 @click.option(
     "--column", default="tarea", metavar=say("cli.metavar.column"), help=say("cli.compare_architectures.column")

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from maese.errors import UsageError
-from maese.say import catalogue, has, language, say
+from maese.say import catalogue, has, language, number, say
 
 # Words people bring from other tools or from their own language: suggestions, not aliases.
 FALSE_FRIENDS = {
@@ -20,7 +20,7 @@ FALSE_FRIENDS = {
     "infer": "generate", "generar": "generate", "escribir": "generate", "charlar": "chat", "comparar": "compare",
     "informe": "report", "continuar": "resume", "reanudar": "resume", "nuevo": "new", "datos": "data", "init": "new",
     "list": "runs", "memory": "plan", "estimate": "plan", "planear": "plan", "ls": "runs", "explicar": "explain",
-    "merge": "export", "exportar": "export",
+    "merge": "export", "exportar": "export", "doctor": "data check", "medico": "data check", "médico": "data check",
 }  # fmt: skip
 ESSENTIAL = ("base", "data.sources", "train.epochs", "train.lr", "train.micro_batch", "method.kind", "output")
 GROUPS = {
@@ -43,7 +43,7 @@ class Spoken:
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         params = [p for p in self.get_params(ctx) if isinstance(p, click.Option)]  # type: ignore[attr-defined]  # likewise
-        rows = [row for p in params if (row := p.get_help_record(ctx))]
+        rows = [(row[0], in_words(row[1])) for p in params if (row := p.get_help_record(ctx))]
         with formatter.section(say("cli.options")):
             formatter.write_dl(rows)
         if isinstance(self, click.Group):
@@ -66,7 +66,7 @@ class Command(Spoken, click.Command):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         if ctx.command_path == "maese train":
             self.format_keys(formatter)
-        key = "cli." + ctx.command_path.split(" ", 1)[1].replace(" ", "_") + ".examples"
+        key = "cli." + re.sub("[ -]", "_", ctx.command_path.split(" ", 1)[1]) + ".examples"
         if key in catalogue(language()):
             with formatter.section(say("cli.examples")):
                 for line in say(key).splitlines():
@@ -74,9 +74,10 @@ class Command(Spoken, click.Command):
 
     def format_keys(self, formatter: click.HelpFormatter) -> None:
         """The keys of a recipe that most people change, with their defaults, read from the recipe itself."""
+        from maese import pipeline
         from maese.recipe import fields, typed
 
-        every = fields()
+        every = fields() | pipeline.fields()
         with formatter.section(say("cli.train.keys")):
             formatter.write_dl([(key, f"{say(f'key.{key}')} [{typed(every[key])}]") for key in ESSENTIAL])
         formatter.write(say("cli.train.more", n=len(every)) + "\n")
@@ -95,6 +96,18 @@ class Group(Spoken, click.Group):
         for group, names in groups.items():
             with formatter.section(say(f"cli.group.{group}")):
                 formatter.write_dl([(name, self.commands[name].get_short_help_str(90)) for name in names])
+
+
+def in_words(text: str) -> str:
+    """Click's bounds of a number in words: `in_words("Parte.  [0.1<=x<=0.9]")` is «Parte (de 0,1 a 0,9).»."""
+    found = re.fullmatch(r"(.*?)\.?\s+\[(?:([\d.]+)<=)?x(?:([<>])=([\d.]+))?\]", text, re.DOTALL)
+    if not found:
+        return text
+    low, sign, high = found[2], found[3], found[4]
+    bounds = {"low": low or (high if sign == ">" else None), "high": high if sign == "<" else None}
+    plain = {key: value for key, value in bounds.items() if value and float(value) < 1e9}  # more is no bound at all
+    told = {key: number(float(value), len(value.rstrip("0").partition(".")[2])) for key, value in plain.items()}
+    return say("cli.bounds." + "_".join(told), text=found[1], **told)
 
 
 def usage_error(problem: click.ClickException) -> UsageError:

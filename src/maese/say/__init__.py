@@ -91,7 +91,9 @@ def duration(seconds: float) -> str:
 
 def quantity(n: float) -> str:
     """A large count in few characters: `quantity(8_423_000)` is «8,4 M»."""
-    for size, letter in ((1e9, "B" if language() == "en" else "mil M"), (1e6, "M"), (1e3, "k")):
+    if n >= 1e9 and language() == "es":  # «mil millones» has no letter: 2.780 M
+        return f"{number(n / 1e6, 0)} M"
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if n >= size and not (letter == "k" and n < 1e4):
             return f"{number(n / size, 1)} {letter}"
     return number(int(n))
