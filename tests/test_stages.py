@@ -103,6 +103,22 @@ def test_every_block_of_a_modern_model_begins_as_one_that_changes_nothing(tiny):
     assert torch.allclose(through, straight, atol=1e-6)
 
 
+def test_a_wide_modern_model_begins_as_one_that_knows_nothing(tiny):
+    """With tied tables and blocks that change nothing it would be sure that every word comes twice: 15 nats here."""
+    import math
+
+    import torch
+
+    from maese.model.load import load_tokenizer
+
+    shape = dataclasses.replace(SIZES["base"], layers=1)
+    model = begin(shape, "modern", load_tokenizer(tiny), seed=3).eval()
+    ids = torch.randint(shape.vocabulary, (1, 64), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        loss = float(model(input_ids=ids, labels=ids).loss)
+    assert abs(loss - math.log(shape.vocabulary)) < 0.3
+
+
 def test_every_stage_leaves_its_folder_and_the_report_shows_it(workshop, capsys):
     assert maese("train", "mio.yaml", "output=hecho") == 0
     said = capsys.readouterr()
