@@ -84,6 +84,7 @@ def card(run: Run, folder: Path, name: str) -> str:
     recipe, events = run.recipe(), run.history()
     plan = next(e for e in events if e["type"] == "plan")
     losses = [e["loss"] for e in events if e["type"] == "validation"]
+    learnt = [e["loss"] for e in events if e["type"] == "step"]
     elsewhere = [e["bits_per_byte"] for e in events if e["type"] == "general"]
     ended = next(e for e in reversed(events) if e["type"] == "end")
     company = open_company(BASE, [str(folder)])
@@ -102,7 +103,8 @@ def card(run: Run, folder: Path, name: str) -> str:
         share=es(100 * plan["trainable"] / every, 1),
         size=es((folder / WEIGHTS).stat().st_size / 1e3), rows=es(plan["rows"]), held=es(plan["validation_rows"]),
         tokens=es(ended["tokens"]), steps=es(ended["final_step"]), time=duration(ended["seconds"]),
-        before=es(losses[0], 3), after=es(min(losses), 3), general_before=es(elsewhere[0], 3),
+        first=es(sum(learnt[:10]) / 10, 3), learnt=es(sum(learnt[-10:]) / 10, 3),
+        before=es(losses[0], 3), after=es(losses[-1], 3), general_before=es(elsewhere[0], 3),
         general_after=es(elsewhere[-1], 3), rounding=es(rounding(run, writer, recipe.eval.prompts), 3),
         samples="\n\n".join(samples),
     )  # fmt: skip
