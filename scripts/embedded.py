@@ -1,7 +1,7 @@
 """Measure the model that scripts/embedded.yaml and its two followers made, and put it into the package.
 
     python scripts/embedded.py measure build/embedded/first --as first          the edition before, for comparison
-    python scripts/embedded.py measure build/embedded/end/final --as base       bits per byte, minimal pairs, speed
+    python scripts/embedded.py measure build/embedded/last/final --as base      bits per byte, minimal pairs, speed
     python scripts/embedded.py measure build/embedded/instruct/final --as instruct --talks
     python scripts/embedded.py install                                          weights in bf16, cards, manifest
 
@@ -119,16 +119,19 @@ def speed(model: Any, tokenizer: Any) -> float:
 
 
 def trained() -> dict[str, float]:
-    """What the weights that ship have read: of each run before the last, up to the checkpoint the next began from."""
-    run, until = Run(BUILD / "end"), 1 << 30
+    """What the weights that ship have read: of each run before the last, up to where the next began."""
+    run, until = Run(BUILD / "last"), 1 << 30
     total = {"tokens": 0.0, "steps": 0.0, "seconds": 0.0}
     while True:
         for name, value in read_by(run, until).items():
             total[name] += value
         base = Path(str(run.recipe().base))
-        if base.parent.name != "checkpoints":
+        if base.name == "final":
+            run, until = Run(base.parent), 1 << 30
+        elif base.parent.name == "checkpoints":
+            run, until = Run(base.parents[1]), int(base.name.rsplit("-", 1)[-1])
+        else:
             return total
-        run, until = Run(base.parents[1]), int(base.name.rsplit("-", 1)[-1])
 
 
 def read_by(run: Run, until: int) -> dict[str, float]:
@@ -233,7 +236,7 @@ def install(_args: argparse.Namespace) -> None:
     from maese.model.load import load_model, load_tokenizer
 
     shutil.rmtree(INSIDE["embedded"])
-    for name, made, card in (("embedded", "end", base_card), ("embedded-instruct", "instruct", instruct_card)):
+    for name, made, card in (("embedded", "last", base_card), ("embedded-instruct", "instruct", instruct_card)):
         folder = INSIDE[name]
         model, tokenizer = (opened(BUILD / made / "final") for opened in (load_model, load_tokenizer))
         folder.mkdir(parents=True, exist_ok=True)
