@@ -136,6 +136,17 @@ def test_a_batch_refuses_what_does_not_fit_and_ends_by_its_marks(company):
     assert company.ask_all("Hola", max_new_tokens=1000, stop=[letter])[0].reason == "stop"
 
 
+def test_a_row_that_reaches_the_context_lets_the_others_go_on(company):
+    """Learned positions end with the table: a row that is over must not be counted past it."""
+    writers = [company.writers["ana"], company.writers["blas"]]
+    settings = [w.with_settings({"temperature": 1.0, "max_new_tokens": 60}) for w in writers]
+    rows = [[40 + i % 90 for i in range(120)], [46, 80, 71, 67, 9]]
+    long, short = write_many(writers, rows, settings)
+    assert long.reason in ("context", "end") and len(short.ids) > 20
+    alone = write_many(writers[1:], rows[1:], settings[1:])[0]
+    assert short.ids == alone.ids
+
+
 def test_adapters_that_are_more_than_lora_are_written_one_after_another(tiny, tmp_path, voices):
     """DoRA and added tokens are PEFT's own affair: they are asked alone, and say what they say alone."""
     import torch

@@ -82,7 +82,7 @@ def _write(
     """Feed the drafts, one token each a pass, until all have ended; `end` is told the number of each that does."""
     import torch
 
-    drafts, device = [*numbered.values()], model.device
+    drafts, device, context = [*numbered.values()], model.device, context_of(model)
     longest = max(len(draft.ids) for draft in drafts)
     pads = [longest - len(draft.ids) for draft in drafts]
     fresh_BT = torch.tensor([[0] * pad + draft.ids for pad, draft in zip(pads, drafts, strict=True)], device=device)
@@ -104,10 +104,11 @@ def _write(
             # A family with a memory of another name (Mamba) reads all of it again each time.
             fresh_BT = next_B1 if cache is not None else torch.cat([fresh_BT, next_B1], 1)
             mask_BT = torch.cat([mask_BT, torch.ones_like(next_B1)], 1)
-            places_BT = places_BT[:, -1:] + 1
+            # A row that has ended is still fed: it must not be counted past the end of learned positions.
+            places_BT = (places_BT[:, -1:] + 1).clamp(max=context - 1)
         for i, number in enumerate(numbered):
             draft = drafts[i]
-            over = i in live and (chosen[i] in stops[i] or draft.take(chosen[i]) or draft.full(context_of(model)))
+            over = i in live and (chosen[i] in stops[i] or draft.take(chosen[i]) or draft.full(context))
             if over:
                 live.remove(i)
                 end(number)
