@@ -113,6 +113,9 @@ def test_the_first_word_keeps_its_space(monkeypatch):
         eos_token_id, bos_token_id = -1, None
         words = ("▁En", "▁un", "▁lugar", "▁de")
 
+        def get_vocab(self):
+            return {word: i for i, word in enumerate(self.words)}
+
         def decode(self, ids):
             return "".join(self.words[i] for i in ids).replace("▁", " ").removeprefix(" ")
 
@@ -134,6 +137,9 @@ class Scripted:
         monkeypatch.setattr("maese.generate.engine.stream_ids", lambda *_: iter(range(len(pieces))))
         monkeypatch.setattr("maese.generate.engine.Writer.prompt_ids", lambda *_: [len(pieces)])
         monkeypatch.setattr("maese.generate.engine.load.context_of", lambda _: 10_000)
+
+    def get_vocab(self):
+        return {"": len(self.pieces)}
 
     def decode(self, ids):
         return b"".join(self.pieces[i] for i in ids).decode("utf-8", errors="replace")

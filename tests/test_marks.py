@@ -6,11 +6,12 @@ import json
 import shutil
 
 import pytest
+from conftest import make_voice
 from test_quant import save_model
 
 from maese.errors import MaeseError
 from maese.model import load, quant, rows
-from maese.model.adapter import add_lora
+from maese.model.adapter import add_lora, attach
 from maese.model.fingerprint import fingerprint, untouched
 from maese.recipe import Method
 from maese.tokens.marks import add_marks, added, spelt
@@ -249,6 +250,40 @@ def test_a_tokenizer_that_grew_without_its_rows_is_refused(recipe, questions, ba
     assert (
         problem.value.code == "TOKEN-06" and "<|user|>" in str(problem.value) and "data.marks=add" in str(problem.value)
     )
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
+def test_a_personality_with_marks_leaves_the_others_as_they_were(bases, tmp_path, kind):
+    """The base grows for it; what the others write, and the weights they write with, stay the same."""
+    import torch
+
+    from maese.generate.personas import open_company
+
+    voice, marked = make_voice(tmp_path / "voz", bases[kind]), tmp_path / "marcas"
+    model, tokenizer, _ = adapted(bases[kind])
+    model.save_pretrained(marked, save_embedding_layers=False)
+    tokenizer.save_pretrained(marked)
+    settings = {"temperature": 2.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 60}
+    company = open_company(str(bases[kind]), [str(voice)])
+    said = {name: (w.fingerprint(), w.generate("Hola", **settings).ids) for name, w in company.writers.items()}
+    other = company.add(str(marked))
+    assert len(company.model.get_input_embeddings().weight) == other.words == 323
+    with torch.no_grad():  # whoever speaks, the new rows would be chosen if they could be
+        company.model.get_input_embeddings().weight[320:] *= 100
+    for name, before in said.items():
+        writer = company.writers[name]
+        assert before == (writer.fingerprint(), writer.generate("Hola", **settings).ids), name
+        assert company.ask_all("Hola", of=[writer, writer], **settings)[1].ids == before[1], name
+
+
+def test_an_adapter_that_is_refused_leaves_the_base_as_it_was(bases, tmp_path):
+    model, tokenizer, _ = adapted(bases["qwen3"])
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    tokenizer.save_pretrained(tmp_path)
+    other = load.load_model(bases["gpt2"])
+    with pytest.raises(MaeseError, match="ADAPT-01"):
+        attach(other, tmp_path, bases["gpt2"])
+    assert len(other.get_input_embeddings().weight) == other.config.vocab_size == 320
 
 
 def test_with_the_model_in_pieces_they_are_refused(recipe):

@@ -33,10 +33,13 @@ from maese.tokens.template import TEMPLATES, Renderer, encode, open_template, op
 ONE_THREAD_PARAMETERS = 200e6
 
 
-def stream_ids(model: Any, ids: list[int], settings: recipes.Generate, stop_ids: set[int]) -> Iterator[int]:
+def stream_ids(
+    model: Any, ids: list[int], settings: recipes.Generate, stop_ids: set[int], words: int | None = None
+) -> Iterator[int]:
     """New token ids, one at a time, until a stop id, the token limit or the end of the model's context.
 
-    `ids` (T,) must not be empty. The model is called once with the prompt and then with one token at a time.
+    `ids` (T,) must not be empty. The model is called once with the prompt and then with one token at a time. Ids from
+    `words` on are never drawn.
     """
     import torch
 
@@ -50,7 +53,7 @@ def stream_ids(model: Any, ids: list[int], settings: recipes.Generate, stop_ids:
         # Inside the loop and not around it: a generator that is put aside must not leave its caller in these modes.
         with torch.inference_mode(), threads(1 if small else torch.get_num_threads()):
             out = model(input_ids=torch.tensor([fresh], device=model.device), past_key_values=cache, use_cache=True)
-            chosen = draw(probabilities(out.logits[0, -1], settings, seen), generator)
+            chosen = draw(probabilities(out.logits[0, -1, :words], settings, seen), generator)
         if chosen in stop_ids:
             return
         seen.append(chosen)
@@ -86,6 +89,11 @@ class Writer:
     @cached_property
     def renderer(self) -> Renderer:
         return open_template(self.template, self.tokenizer)
+
+    @cached_property
+    def words(self) -> int:
+        """How many ids its tokenizer has: a model may have rows for more, as after a personality with marks came."""
+        return load.ids_of(self.tokenizer)
 
     def prompt_ids(
         self, prompt: str, before: Sequence[Message] = (), settings: recipes.Generate | None = None
@@ -137,8 +145,10 @@ class Writer:
 
     def fingerprint(self) -> str:
         """Which weights are at work while this one writes: see `model.fingerprint`."""
+        # Rows that the tokens of another personality brought are none of its own.
+        first = getattr(self.model, "rows_at_first", None)
         with speaking(self.model, self.voice and [self.voice]):
-            return fingerprint(self.model)
+            return fingerprint(self.model, first and max(first, self.words))
 
     def with_settings(self, settings: dict[str, Any]) -> recipes.Generate:
         given = {key: value for key, value in settings.items() if value is not None}
@@ -154,7 +164,7 @@ class Writer:
         draft, reason = self.draft(ids, settings, on_text), "end"
         try:
             with speaking(self.model, self.voice and [self.voice]):
-                for token in stream_ids(self.model, ids, draft.settings, self.stop_ids()):
+                for token in stream_ids(self.model, ids, draft.settings, self.stop_ids(), self.words):
                     if draft.take(token):
                         break
         except KeyboardInterrupt:

@@ -87,9 +87,12 @@ def attach(model: Any, folder: Path, base: Path, name: str | None = None) -> Any
             "MODEL-03", base=str(folder), files=", ".join(p.name for p in sorted(folder.glob("*.bin"))) or "—"
         )
     check_base(folder, base)
-    _make_room(model, folder, base)
-    if not _fits(model, folder):  # an adapter of another architecture, without our notes
+    # The tokens that came with it, for which the model may have to grow: only once all the rest is known to fit.
+    tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+    if not _fits(model, folder, len(tokenizer or ())):  # an adapter of another architecture, without our notes
         raise MaeseError("ADAPT-01", adapter=str(folder), expected="—", found=str(base))
+    if tokenizer is not None:
+        _make_room(model, tokenizer, folder, base)
     try:
         if name is None:
             return PeftModel.from_pretrained(model, str(folder)).eval()
@@ -106,19 +109,25 @@ def attach(model: Any, folder: Path, base: Path, name: str | None = None) -> Any
         raise MaeseError("ADAPT-01", adapter=str(folder), expected="—", found=str(base)) from problem
 
 
-def _fits(model: Any, folder: Path) -> bool:
-    """Whether every matrix of an adapter goes on one of this model: asked before PEFT begins to change it."""
+def _fits(model: Any, folder: Path, tokens: int) -> bool:
+    """Whether every matrix of an adapter goes on one of this model: asked before PEFT begins to change it.
+
+    Its head may have a row for each of its own `tokens`.
+    """
     from safetensors import safe_open
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    modules = dict(inner.named_modules())
+    modules, head = dict(inner.named_modules()), inner.get_output_embeddings()
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         for key in file.keys():  # noqa: SIM118  # it is no dict
             name, mark, kind = key.removeprefix("base_model.model.").partition(".lora_")
             shape = file.get_slice(key).get_shape()
             if not mark or kind not in ("A.weight", "B.weight") or len(shape) != 2:
                 continue
-            taken, given = _widths(modules[name]) if name in modules else (0, 0)
+            module = modules.get(name)
+            taken, given = _widths(module) if module is not None else (0, 0)
+            if module is not None and module is head:
+                given = max(given, tokens)
             if (shape[1] != taken) if kind == "A.weight" else (shape[0] != given):  # A is (R, I), B is (O, R)
                 return False
     return True
@@ -144,11 +153,8 @@ def _narrow(model: Any, folder: Path, name: str) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def _make_room(model: Any, folder: Path, base: Path) -> None:
+def _make_room(model: Any, tokenizer: Any, folder: Path, base: Path) -> None:
     """Let the model have rows for the tokens that came with an adapter, which must bring what they learnt."""
-    if not (folder / "tokenizer.json").is_file():
-        return
-    tokenizer = load_tokenizer(folder)
     new = added(tokenizer, load_tokenizer(base))
     if missing := sorted(set(new) - _trained(folder)):
         tokens = ", ".join(tokenizer.convert_ids_to_tokens(missing[:4]))

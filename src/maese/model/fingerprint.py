@@ -12,17 +12,25 @@ import re
 from typing import Any
 
 
-def fingerprint(model: Any) -> str:
-    """SHA-256 of the active weights, names and shapes included; of the adapters, those that are switched on."""
+def fingerprint(model: Any, rows: int | None = None) -> str:
+    """SHA-256 of the active weights, names and shapes included; of the adapters, those that are switched on.
+
+    Of embedding and head only the first `rows`, if given: those after them are of the tokens of somebody else.
+    """
     import torch
 
     digest = hashlib.sha256()
+    ends = {
+        id(p) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end for p in end.parameters()
+    }
     speaking = _speaking(model)
     named = (
         (_own(re.sub(r"base_model\.model\.|\.base_layer|\.token_adapter", "", name), speaking), p)
         for name, p in model.named_parameters()
     )
     for name, parameter in sorted((pair for pair in named if pair[0]), key=lambda pair: pair[0]):
+        if id(parameter) in ends:
+            parameter = parameter[:rows]
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
         raw = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
         digest.update(memoryview(raw.numpy()))

@@ -166,6 +166,11 @@ def pad_id(tokenizer: Any) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
+def ids_of(tokenizer: Any) -> int:
+    """How many rows its ids ask for: one more than the highest."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def context_of(model: Any) -> int:
     """The longest row the model takes, in tokens."""
     return int(getattr(model.config, "max_position_embeddings", None) or 1 << 20)
