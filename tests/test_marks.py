@@ -276,6 +276,23 @@ def test_a_personality_with_marks_leaves_the_others_as_they_were(bases, tmp_path
         assert company.ask_all("Hola", of=[writer, writer], **settings)[1].ids == before[1], name
 
 
+def test_a_model_that_did_not_grow_with_its_tokenizer_is_refused(recipe, bases, here):
+    from maese.generate.engine import open_writer
+
+    folder = shutil.copytree(bases["gpt2"], here / "corta")
+    tokenizer = load.load_tokenizer(folder)
+    tokenizer.add_special_tokens({"pad_token": "<|filling|>"})
+    tokenizer.save_pretrained(folder)
+    assert open_writer(str(folder)).generate("Hola", max_new_tokens=3).tokens  # what fills is never read
+    train(recipe(f"base={folder}", "train.max_steps=2"))
+    add_marks(tokenizer, "maese")
+    tokenizer.save_pretrained(folder)
+    for opened in (lambda: open_writer(str(folder)), lambda: train(recipe(f"base={folder}"))):
+        with pytest.raises(MaeseError) as problem:
+            opened()
+        assert problem.value.code == "TOKEN-07" and "<|user|>" in str(problem.value) and problem.value.facts["n"] == 3
+
+
 def test_an_adapter_that_is_refused_leaves_the_base_as_it_was(bases, tmp_path):
     model, tokenizer, _ = adapted(bases["qwen3"])
     model.save_pretrained(tmp_path, save_embedding_layers=False)

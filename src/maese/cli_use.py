@@ -57,9 +57,9 @@ def generate(ctx: click.Context, model: str, prompt: str, base: bool, personas: 
     settings = settings_of(**given)
     if prompt == "-":
         prompt = sys.stdin.read().rstrip("\n")
-    if personas:
-        from maese.generate.personas import open_company
+    from maese.generate.personas import open_company, shipped
 
+    if personas or model in shipped():
         terminal.answers(open_company(model, personas), prompt, base, settings, **ctx.obj)
         return
     from maese.generate.engine import open_writer

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -23,7 +22,8 @@ from maese.generate.sample import draw, probabilities
 from maese.model import adapter, load
 from maese.model.fingerprint import fingerprint
 from maese.model.quant import open_base
-from maese.model.voices import speaking
+from maese.model.voices import BASE, speaking
+from maese.plan.shape import KNOWN
 from maese.text.record import Message
 from maese.tokens.template import TEMPLATES, Renderer, encode, open_template, opening
 
@@ -191,18 +191,21 @@ class Writer:
 def open_writer(what: str | Path | runs.Run, base: bool = False) -> Writer:
     """Open a run (by folder or name), a model folder, an adapter folder, `embedded` or a hub id, ready to write.
 
-    `base=True` opens the untouched base of a run, with the run's settings.
+    `base=True` opens the untouched base of a run, or of an adapter, with its settings.
     """
     run = what if isinstance(what, runs.Run) else as_run(str(what))
     if run is None:
         folder = load.resolve(str(what))
         model, tokenizer = open_folder(folder)
-        return folder_writer(model, tokenizer, folder)
+        writer = folder_writer(model, tokenizer, folder)
+        if base and adapter.is_adapter(folder):
+            writer.voice, writer.name = BASE, ""
+        return writer
     recipe = run.recipe()
     if not base and not run.final.is_dir():
         raise MaeseError("RUN-05", run=str(run.path))
     folder = load.resolve(recipe.base) if base else run.final
-    model, tokenizer = open_folder(folder, recipe.base)
+    model, tokenizer = open_folder(folder, recipe.base, recipe.method.kind)
     return Writer(
         model, tokenizer, recipe.generate, recipe.data.format, recipe.data.template, name="" if base else recipe.name
     )
@@ -226,44 +229,41 @@ def folder_writer(model: Any, tokenizer: Any, folder: Path) -> Writer:
 
 def published(folder: Path) -> dict[str, Any]:
     """How a folder says that it writes, in transformers' words: `{"temperature": 0.3, …}` of generation_config.json."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
-    said = json.loads(path.read_text("utf-8"))
+    said = load.read_json(folder, "generation_config.json")
     greedy = "do_sample" in said and not said["do_sample"]
     return said | ({"temperature": 0.0} if greedy else {})
 
 
-def base_of(folder: Path, base: str | None = None) -> Path:
-    """The folder of the weights an adapter goes over. Error: ADAPT-04 (they are no longer where they were)."""
-    named = base or adapter.about_adapter(folder).get("base", "embedded")
-    if Path(named).is_absolute() and not Path(named).exists():
-        raise MaeseError("ADAPT-04", path=str(folder), base=named)
-    return load.resolve(named)
+def open_folder(folder: Path, base: str | None = None, method: str | None = None) -> tuple[Any, Any]:
+    """Model and tokenizer of a folder; an adapter is put over its base. Frozen, on the best device here.
 
-
-def open_folder(folder: Path, base: str | None = None) -> tuple[Any, Any]:
-    """Model and tokenizer of a folder; an adapter is put over its base. Frozen, on the best device here."""
-    import torch
-
+    `method` is how what is there, or goes over it, was trained. Errors: those of loading, TOKEN-07.
+    """
+    words = folder
     if adapter.is_adapter(folder):
-        below = base_of(folder, base)
-        under = open_base(below, adapter.about_adapter(folder).get("method"))
-        model = adapter.attach(under, folder, below)
+        below = adapter.base_of(folder, base)
+        under = open_base(below, adapter.about_adapter(folder).get("method") or method)
+        model = adapter.attach(under, folder, below).to(under.device)
         model.generation_config = model.base_model.model.generation_config
+        words = folder if adapter.brings_words(folder) else below
     else:
-        model = load.load_model(folder)
-    tokenizer = load.load_tokenizer(folder)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+        model = open_base(folder, method)
+    tokenizer = load.load_tokenizer(words)
+    load.refuse_rowless(model, tokenizer, words)
+    return model, tokenizer
 
 
 def as_run(what: str) -> runs.Run | None:
+    """The run something names, or None for what `load.resolve` is to open. Error: RUN-02 (it is neither)."""
     inside = ("config.json", "adapter_config.json")
-    if what in recipes.INSIDE or any((Path(what) / name).is_file() for name in inside):
+    if what in recipes.INSIDE or what.endswith(".gguf") or any((Path(what) / name).is_file() for name in inside):
         return None
     try:
         return runs.find(what)
     except MaeseError:
+        # Without its owner a name of the hub could be any slip of the hand: only those of the recipes are taken.
+        if what.partition("@")[0] in KNOWN or what in load.PACKAGED:
+            return None
         # Only something that looks like a hub id may still be one.
         if what.count("/") == 1 and not Path(what).exists() and not what.startswith(("runs/", ".")):
             return None

@@ -20,9 +20,8 @@ def fingerprint(model: Any, rows: int | None = None) -> str:
     import torch
 
     digest = hashlib.sha256()
-    ends = {
-        id(p) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end for p in end.parameters()
-    }
+    both = (model.get_input_embeddings(), model.get_output_embeddings())
+    ends = {id(p) for end in both if end is not None for p in end.parameters()}
     speaking = _speaking(model)
     named = (
         (_own(re.sub(r"base_model\.model\.|\.base_layer|\.token_adapter", "", name), speaking), p)

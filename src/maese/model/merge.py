@@ -12,7 +12,6 @@ rounded weights and round again would lose what it learnt.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -46,20 +45,22 @@ class Merged:
     bytes: int
 
 
-def merge(what: str | Path | Run, out: Path, dtype: str = "auto") -> Merged:
+def merge(what: str | Path | Run, out: Path, dtype: str = "auto", base: str | None = None) -> Merged:
     """Write base and adapter of a run, or of an adapter's folder, as one model. `auto`: in the precision of the base.
 
-    A model that was trained whole is written as it is. Errors: RUN-01 (`out` is there), RUN-02, RUN-05 (no such run, or
-    not ended), ADAPT-01 (another base), MERGE-01 (it would not say the same), and those of loading and of the disk.
+    A model that was trained whole is written as it is. `base` says where that of an adapter is now. Errors: RUN-01
+    (`out` is there), RUN-02, RUN-05 (no such run, or not ended), ADAPT-01, ADAPT-04 (another base, or none), MERGE-01
+    (it would not say the same), and those of loading and of the disk.
     """
     if out.exists():
         raise MaeseError("RUN-01", path=str(out), free=f"{out}-2")
-    folder, base, prompts = _parts(what)
-    chosen = _precision(base) if dtype == "auto" else dtype
-    model, tokenizer = load.load_model(base), load.load_tokenizer(folder)
+    folder, below, prompts = _parts(what, base)
+    chosen = _precision(below) if dtype == "auto" else dtype
     adapted = adapter.is_adapter(folder)
+    words = below if adapted and not adapter.brings_words(folder) else folder
+    model, tokenizer = load.load_model(below), load.load_tokenizer(words)
     if adapted:
-        model = adapter.attach(model, folder, base)
+        model = adapter.attach(model, folder, below)
     rows = [_ids(tokenizer, prompt, load.context_of(model)) for prompt in prompts]
     wanted = _logits(model, rows)
     with untouched(model):
@@ -81,19 +82,17 @@ def merge(what: str | Path | Run, out: Path, dtype: str = "auto") -> Merged:
     return Merged(out, chosen, difference, TOLERANCE[chosen], sum(map(len, rows)), size)
 
 
-def _parts(what: str | Path | Run) -> tuple[Path, Path, list[str]]:
+def _parts(what: str | Path | Run, base: str | None) -> tuple[Path, Path, list[str]]:
     """The folder with the adapter or the model, that of its base, and what to ask both."""
     if not isinstance(what, Run) and adapter.is_adapter(Path(what)):
         folder = Path(what)
-        base = adapter.about_adapter(folder).get("base")
-        base = base or json.loads((folder / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
-        return folder, load.resolve(base), [say("compare.prompt")]
+        return folder, adapter.base_of(folder, base), [say("compare.prompt")]
     run = what if isinstance(what, Run) else runs.find(what)
     if not run.final.is_dir():
         raise MaeseError("RUN-05", run=str(run.path))
     recipe = run.recipe()
-    base = load.resolve(recipe.base) if adapter.is_adapter(run.final) else run.final
-    return run.final, base, list(recipe.eval.prompts) or [say("compare.prompt")]
+    below = adapter.base_of(run.final, base or recipe.base) if adapter.is_adapter(run.final) else run.final
+    return run.final, below, list(recipe.eval.prompts) or [say("compare.prompt")]
 
 
 def _precision(folder: Path) -> str:
