@@ -178,7 +178,7 @@ def test_stop_marks_end_the_text_and_are_never_shown(monkeypatch, live):
     assert (
         writer.generate("x", stop=["Pregunta", "###"]).text == "Son cuatro.\n"
     )  # the first in the text, not in the list
-    assert "".join(heard) in ("", answer.text)
+    assert "".join(heard) == (answer.text if live else "")
 
 
 def test_an_answer_does_not_begin_with_the_space_after_its_label(monkeypatch):
@@ -242,7 +242,7 @@ def test_chat_commands(tiny, here):
     assert chat.command("/volar")[0] == "chat.unknown"
     chat.reply("Hola")
     assert chat.command("/save charla.json")[0] == "chat.saved" and (here / "charla.json").is_file()
-    assert chat.take_back() == "Hola" and chat.turns == []
+    assert chat.asked == "Hola" and len(chat.turns) == 2
     chat.reply("Hola")
     assert chat.command("/clear")[0] == "chat.cleared" and chat.turns == []
 

@@ -92,7 +92,7 @@ class Room:
         if line in HELP:
             self.say(say("chat.help"))
         elif name == "/retry":
-            self.again(self.chat.take_back(), seed=True)
+            self.retry()
         elif name == "/edit":
             self.edit(rest)
         elif name == "/ask-all":
@@ -109,28 +109,24 @@ class Room:
         elif line:
             self.ask(line)
 
-    def ask(self, line: str) -> None:
-        """A question and its answer, as it comes."""
+    def ask(self, line: str, instead: bool = False) -> None:
+        """A question and its answer, as it comes; `instead` of the last ones, once they are there."""
         page = Page(self.live)
         page.begin(self.label(self.chat.writer, self.live), line if self.chat.writer.format == "text" else "")
-        answer = self.chat.reply(line, None if self.json else page.write)
+        answer = self.chat.reply(line, None if self.json else page.write, instead)
         page.end()
         self.about(line, answer, self.chat.chosen)
         self.keep()
 
-    def again(self, question: str | None, seed: bool = False) -> None:
-        if question is None:
-            raise MaeseError("CHAT-01")
-        if seed:
-            self.chat.settings["seed"] = self.chat.chosen.seed + 1
-        self.ask(question)
+    def retry(self) -> None:
+        question = self.chat.asked
+        self.chat.settings["seed"] = self.chat.chosen.seed + 1
+        self.ask(question, instead=True)
 
     def edit(self, text: str) -> None:
         """Ask the last question in other words: those given, or those a person makes of the old ones."""
-        old = self.chat.take_back()
-        if old is None:
-            raise MaeseError("CHAT-01")
-        self.again(text or (self.rewrite(old) if self.typed else old) or old)
+        old = self.chat.asked
+        self.ask(text or (self.rewrite(old) if self.typed else old) or old, instead=True)
 
     def rewrite(self, old: str) -> str:
         try:

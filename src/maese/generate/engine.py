@@ -137,10 +137,12 @@ class Writer:
         ids = self.prompt_ids(prompt, before, chosen)
         answer = self._write(ids, chosen, on_text, stoppable)
         for seed in range(chosen.seed + 1, chosen.seed + tries):
-            if on_text or not chosen.sentences or answer.reason == "sentences":
+            if on_text or not chosen.sentences or answer.reason in ("sentences", "stopped"):
                 break
-            again = self._write(ids, chosen.model_copy(update={"seed": seed}), None)
+            again = self._write(ids, chosen.model_copy(update={"seed": seed}), None, stoppable)
             answer = again if again.sentences > answer.sentences else answer
+            if again.reason == "stopped":
+                break
         return answer
 
     def fingerprint(self) -> str:
@@ -151,7 +153,10 @@ class Writer:
             return fingerprint(self.model, first and max(first, self.words))
 
     def with_settings(self, settings: dict[str, Any]) -> recipes.Generate:
+        """Its settings with those given; None is not given, and no sentences (0) takes away that of the recipe."""
         given = {key: value for key, value in settings.items() if value is not None}
+        if given.get("sentences") == 0:
+            given["sentences"] = None
         try:
             return recipes.Generate.model_validate(self.settings.model_dump() | given)
         except ValueError as problem:

@@ -163,8 +163,13 @@ class Company:
         self, prompt: str, *, of: Sequence[Writer] = (), before: Sequence[Message] = (), on_text: OnText = None,
         on_end: OnEnd = None, stoppable: bool = False, **settings: Any,
     ) -> list[Answer]:  # fmt: skip
-        """The answer of every personality, or `of` some, to one question: written in one batch, each with its name."""
+        """The answer of every personality, or `of` some, to one question: written in one batch, each with its name.
+
+        Error: PERSONA-03 (none is loaded).
+        """
         writers = [*of] or self.personas
+        if not writers:
+            raise MaeseError("PERSONA-03", known=" ".join(fitting(self.below)) or "—")
         chosen = [writer.with_settings(settings) for writer in writers]
         pairs = zip(writers, chosen, strict=True)
         rows = [writer.prompt_ids(prompt, before, one) for writer, one in pairs]
@@ -181,12 +186,11 @@ def open_company(what: str | Path | runs.Run, personas: Sequence[str] = ()) -> C
 
     The name of a personality of the package opens its base with it.
     """
-    if str(what) in shipped() and not Path(what).exists():
+    if isinstance(what, str) and what in shipped() and not Path(what).exists():
         try:
-            what = runs.find(what)
+            what = runs.find(what)  # a training of the person's that has the same name
         except MaeseError:
-            below = adapter.about_adapter(PERSONAS / str(what))["base"]
-            return open_company(below, [str(what), *personas])
+            return open_company(adapter.about_adapter(PERSONAS / what)["base"], [what, *personas])
     run = what if isinstance(what, runs.Run) else as_run(str(what))
     found = [find(name) for name in personas]  # a name that is misspelt is told before a model is opened
     writer = open_writer(what)

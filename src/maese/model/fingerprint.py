@@ -60,10 +60,12 @@ def untouched(model: Any):
     """The base under the adapters, for as long as the block lasts."""
     if hasattr(model, "disable_adapter"):
         frozen = not any(p.requires_grad for p in model.parameters())
-        with model.disable_adapter():
-            yield model
-        if frozen:  # putting them back on, PEFT has them train
-            model.requires_grad_(False)
+        try:
+            with model.disable_adapter():
+                yield model
+        finally:
+            if frozen:  # putting them back on, PEFT has them train
+                model.requires_grad_(False)
     else:
         yield model
 

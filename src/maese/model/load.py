@@ -114,7 +114,7 @@ def header(folder: Path, *names: str) -> dict[str, tuple[list[int], str]]:
     """
     from safetensors import SafetensorError, safe_open
 
-    found = {}
+    found: dict[str, tuple[list[int], str]] = {}
     for path in [folder / name for name in names] or weight_files(folder):
         try:
             with safe_open(path, "pt") as file:

@@ -22,7 +22,7 @@ from maese import run as runs
 from maese.errors import MaeseError
 from maese.model import adapter, load
 from maese.model.fingerprint import untouched
-from maese.run import Run, disk
+from maese.run import Run, disk, refuse_taken
 from maese.say import percent, say
 from maese.tokens.template import encode, open_template, opening
 
@@ -49,11 +49,11 @@ def merge(what: str | Path | Run, out: Path, dtype: str = "auto", base: str | No
     """Write base and adapter of a run, or of an adapter's folder, as one model. `auto`: in the precision of the base.
 
     A model that was trained whole is written as it is. `base` says where that of an adapter is now. Errors: RUN-01
-    (`out` is there), RUN-02, RUN-05 (no such run, or not ended), ADAPT-01, ADAPT-04 (another base, or none), MERGE-01
-    (it would not say the same), and those of loading and of the disk.
+    (`out` is there), RUN-02, RUN-05 (no such run, or not ended), ADAPT-01, ADAPT-04 (another base, or none), MERGE-01,
+    MERGE-02 (it would not say the same), and those of loading and of the disk.
     """
-    if out.exists():
-        raise MaeseError("RUN-01", path=str(out), free=f"{out}-2")
+    refuse_taken(out)
+    named = str(what.path if isinstance(what, Run) else what)
     folder, below, prompts = _parts(what, base)
     chosen = _precision(below) if dtype == "auto" else dtype
     adapted = adapter.is_adapter(folder)
@@ -74,7 +74,7 @@ def merge(what: str | Path | Run, out: Path, dtype: str = "auto", base: str | No
         try:
             _write(model, tokenizer, folder, draft, chosen)
             del model
-            difference = _check(wanted, before, _logits(load.load_model(draft), rows), chosen, str(what))
+            difference = _check(wanted, before, _logits(load.load_model(draft), rows), chosen, named)
             os.replace(draft, out)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
@@ -132,13 +132,18 @@ def _write(model: Any, tokenizer: Any, folder: Path, draft: Path, dtype: str) ->
 
 
 def _check(wanted: Any, before: Any, found: Any, dtype: str, what: str) -> float:
-    """How far the logits are, or MERGE-01 where that is more than rounding, or all that was learnt."""
+    """How far the logits are, or MERGE-01 where that is more than rounding, or all that was learnt.
+
+    MERGE-02 in fp32, where rounding is not what took it.
+    """
     spread = float((wanted - wanted.mean()).square().mean().sqrt())
     far = float((found - wanted).square().mean().sqrt())
     learnt = float((wanted - before).square().mean().sqrt())
     # Written so that what is no number fails too.
     fine = far <= TOLERANCE[dtype] * spread and (dtype == "fp32" or not learnt or far <= DROWNED * learnt)
     if not fine:
-        facts = {"difference": percent(far / spread, 2), "learnt": percent(learnt / spread, 2), "dtype": dtype}
-        raise MaeseError("MERGE-01", run=what, tolerance=percent(TOLERANCE[dtype], 2), **facts)
+        facts = {"difference": percent(far / spread, 2), "tolerance": percent(TOLERANCE[dtype], 2), "run": what}
+        if dtype == "fp32":
+            raise MaeseError("MERGE-02", **facts)
+        raise MaeseError("MERGE-01", dtype=dtype, learnt=percent(learnt / spread, 2), **facts)
     return far / spread
