@@ -189,7 +189,10 @@ def test_a_family_that_keeps_no_cache_is_written_row_by_row(tiny):
 
 
 def tensor_bytes(model) -> int:
-    return sum({p.data_ptr(): p.numel() * p.element_size() for p in model.parameters() if p.numel()}.values())
+    """What the model holds, and while some speak, the matrices they speak with, which are no parameters."""
+    at_work = [layer.__dict__.get("forward") for layer in model.modules()]
+    held = [*model.parameters(), *(matrix for voice in at_work if voice for matrix in (voice.a, voice.b))]
+    return sum({p.data_ptr(): p.numel() * p.element_size() for p in held if p.numel()}.values())
 
 
 @pytest.fixture(scope="module")
@@ -208,12 +211,18 @@ def eight(tmp_path_factory):
 
 
 def test_the_memory_of_a_base_and_eight_adapters(eight):
+    """Those that wait weigh what their files do; those that speak, besides, their matrices in the bits of the base."""
     import torch
 
     model, alone = eight
     kinds = {p.dtype for name, p in model.named_parameters() if ".lora_" in name}
     assert kinds == {torch.bfloat16}
-    assert alone < tensor_bytes(model) <= 1.15 * alone
+    waiting = tensor_bytes(model)
+    assert alone < waiting <= 1.15 * alone
+    for names, most in ((["v3"], 1.18), ([f"v{i}" for i in range(8)], 1.45)):
+        with speaking(model, names):
+            assert waiting < tensor_bytes(model) <= most * alone, (names, tensor_bytes(model) / alone)
+    assert tensor_bytes(model) == waiting
 
 
 def test_switching_takes_no_time_and_reads_nothing(eight, monkeypatch):

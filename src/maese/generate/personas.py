@@ -187,10 +187,11 @@ def open_company(what: str | Path | runs.Run, personas: Sequence[str] = ()) -> C
     The name of a personality of the package opens its base with it.
     """
     if isinstance(what, str) and what in shipped() and not Path(what).exists():
+        name = what
         try:
-            what = runs.find(what)  # a training of the person's that has the same name
+            what = runs.find(name)  # a training of the person's that has the same name
         except MaeseError:
-            return open_company(adapter.about_adapter(PERSONAS / what)["base"], [what, *personas])
+            return open_company(adapter.about_adapter(PERSONAS / name)["base"], [name, *personas])
     run = what if isinstance(what, runs.Run) else as_run(str(what))
     found = [find(name) for name in personas]  # a name that is misspelt is told before a model is opened
     writer = open_writer(what)
