@@ -17,7 +17,7 @@ from typing import Any
 from maese.errors import MaeseError
 from maese.live import shorten
 from maese.say import percent, say
-from maese.terminal import fewer, footer, talk
+from maese.terminal import as_data, fewer, footer, talk
 
 EXIT, HELP = ("/exit", "/quit", "/salir"), ("/help", "/?", "/ayuda")
 WIDEST = 100  # columns: longer lines are hard to read
@@ -221,8 +221,7 @@ class Room:
     def about(self, question: str, answer: Any, settings: Any) -> None:
         """The line below a reply: who, how much, how fast, how; and what did not go as asked."""
         if self.json:
-            sys.stdout.write(jsons.dumps({"prompt": question} | answer.facts(), ensure_ascii=False) + "\n")
-            sys.stdout.flush()
+            as_data(question, answer)
             return
         if answer.reason == "stopped":
             self.say(say("chat.stopped" if answer.text.strip() else "chat.stopped_empty"))
