@@ -276,6 +276,26 @@ def test_a_personality_with_marks_leaves_the_others_as_they_were(bases, tmp_path
         assert company.ask_all("Hola", of=[writer, writer], **settings)[1].ids == before[1], name
 
 
+def test_of_two_personalities_with_marks_the_one_with_more_comes_first(bases, tmp_path):
+    from maese.generate.personas import open_company
+
+    for name, templates in (("pocas", ["maese"]), ("muchas", ["maese", "llama3"])):
+        model, tokenizer = load.load_model(bases["gpt2"]), load.load_tokenizer(bases["gpt2"])
+        new = [token for template in templates for token in add_marks(tokenizer, template)]
+        rows.make_room(model, tokenizer, new)
+        model = add_lora(model, Method(kind="lora", rank=3), tokenizer, new)
+        model.save_pretrained(tmp_path / name, save_embedding_layers=False)
+        tokenizer.save_pretrained(tmp_path / name)
+    few, many = str(tmp_path / "pocas"), str(tmp_path / "muchas")
+    company = open_company(str(bases["gpt2"]), [few])
+    before = company.personas[0].generate("Hola", max_new_tokens=8).ids
+    with pytest.raises(MaeseError, match="ADAPT-05"):
+        company.add(many)
+    assert company.personas[0].generate("Hola", max_new_tokens=8).ids == before
+    other = open_company(str(bases["gpt2"]), [many, few])
+    assert other.personas[1].generate("Hola", max_new_tokens=8).ids == before
+
+
 def test_a_model_that_did_not_grow_with_its_tokenizer_is_refused(recipe, bases, here):
     from maese.generate.engine import open_writer
 

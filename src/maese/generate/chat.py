@@ -178,7 +178,7 @@ class Chat:
         if value:
             typed = ("" if value == NONE else value) if name == "system" else scalar(value)
             if name == "sentences" and value in OFF:
-                typed = 0
+                typed = False
             changed = self.settings | {name: typed}
             self.writer.with_settings(changed)  # what it cannot be is said before anything changes
             self.settings = changed

@@ -153,9 +153,9 @@ class Writer:
             return fingerprint(self.model, first and max(first, self.words))
 
     def with_settings(self, settings: dict[str, Any]) -> recipes.Generate:
-        """Its settings with those given; None is not given, and no sentences (0) takes away that of the recipe."""
+        """Its settings with those given; None is not given, and `sentences=False` takes away the number it had."""
         given = {key: value for key, value in settings.items() if value is not None}
-        if given.get("sentences") == 0:
+        if given.get("sentences") is False:
             given["sentences"] = None
         try:
             return recipes.Generate.model_validate(self.settings.model_dump() | given)

@@ -77,7 +77,7 @@ def attach(model: Any, folder: Path, base: Path, name: str | None = None) -> Any
     """The model with the adapter of a folder, frozen, beside those it has already if it is given a `name` of its own.
 
     Errors: ADAPT-01 (trained over other weights), MODEL-03 (unsafe file), MODEL-06 (a file is cut), TOKEN-06 (tokens
-    without their rows).
+    without their rows), ADAPT-05 (more tokens of its own than one that came before).
     """
     quiet()
     from peft import PeftModel
@@ -154,6 +154,8 @@ def _make_room(model: Any, tokenizer: Any, tensors: dict[str, Any], folder: Path
     if missing := sorted(set(new) - _trained(folder, tensors)):
         tokens = ", ".join(tokenizer.convert_ids_to_tokens(missing[:4]))
         raise MaeseError("TOKEN-06", adapter=str(folder), tokens=tokens, n=len(missing))
+    if rows.token_layers(model) and len(tokenizer) > len(model.get_input_embeddings().weight):
+        raise MaeseError("ADAPT-05", adapter=str(folder), n=len(new))  # what PEFT has wrapped does not grow
     rows.make_room(model, tokenizer, new)
 
 
