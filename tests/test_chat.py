@@ -224,6 +224,73 @@ def test_retry_and_edit_take_the_last_question_back(chat, talk):
     assert json.loads(Path("dos.json").read_text("utf-8"))["messages"][0]["content"] == "Adiós"
 
 
+@pytest.mark.parametrize("command", ["/retry", "/edit Adiós"])
+def test_an_exchange_is_replaced_only_by_another(chat, monkeypatch, command):
+    """Neither a question that does not fit nor Ctrl+C before the first word takes the last answer away."""
+    room = terminal_chat.Room(chat, None, json=False, quiet=1)
+    room.do("Hola")
+    kept, last = [*chat.turns], chat.last
+    with pytest.raises(MaeseError, match="GEN-01"):
+        room.do("/edit " + "muy larga " * 200)
+    assert chat.turns == kept and chat.last is last
+    with monkeypatch.context() as patch:
+        interrupted(patch, 0)
+        room.do(command)
+    assert chat.turns == kept and chat.last is last
+    room.do(command)
+    assert len(chat.turns) == 2 and chat.last is not last
+    assert chat.turns[0].content == ("Hola" if command == "/retry" else "Adiós")
+
+
+def test_a_file_of_somebody_else_is_never_written_over(chat, maese, tiny, here, monkeypatch):
+    Path("LEEME.md").write_text("mío", encoding="utf-8")
+    Path("charla.json").write_text("{}", encoding="utf-8")
+    chat.reply("Hola")
+    with pytest.raises(MaeseError) as problem:
+        chat.command("/save LEEME.md")
+    assert problem.value.code == "RUN-01" and problem.value.facts["free"] == "LEEME-2.md"
+    for _ in range(2):  # what it wrote itself it writes again
+        chat.command("/save otra.json")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hola"))
+    code, _, said = maese("chat", tiny, "--save", "charla.json")
+    assert code == 1 and "RUN-01" in said and "charla-2.json" in said and Path("charla.json").read_text() == "{}"
+    assert Path("LEEME.md").read_text("utf-8") == "mío"
+
+
+def test_the_number_of_sentences_is_lifted_again(chat):
+    chat.writer.settings = chat.writer.with_settings({"sentences": 4})
+    for value in ("no", "0", "-"):
+        assert chat.command("/sentences 3")[1]["value"] == "3" and chat.chosen.sentences == 3
+        assert chat.command(f"/sentences {value}")[1]["value"] == "-" and chat.chosen.sentences is None
+
+
+def test_ctrl_c_is_not_answered_with_another_try(tiny, monkeypatch):
+    real, began = engine.stream_ids, []
+
+    def stream(*given):
+        began.append(1)
+        for i, token in enumerate(real(*given)):
+            if i == 2 and len(began) == stop_in:
+                raise KeyboardInterrupt
+            yield token
+
+    monkeypatch.setattr(engine, "stream_ids", stream)
+    writer = open_writer(str(tiny))
+    for stop_in, reason in ((1, "stopped"), (2, "context")):
+        began.clear()
+        answer = writer.generate("Hola", sentences=50, stoppable=True)
+        assert len(began) == stop_in and (answer.reason == reason or stop_in == 2)
+
+
+def test_what_the_base_writes_leaves_nothing_training(tiny, folders):
+    from maese.model.fingerprint import untouched
+
+    model = open_company(str(tiny), folders).model
+    with pytest.raises(KeyboardInterrupt), untouched(model):
+        raise KeyboardInterrupt
+    assert not any(p.requires_grad for p in model.parameters())
+
+
 def test_the_conversation_is_kept_turn_by_turn(talk):
     talk("Hola", "/persona blas", "¿Y tú?", flags=("--save", "notas/charla.json"))
     kept = json.loads(Path("notas/charla.json").read_text("utf-8"))
@@ -244,8 +311,12 @@ def test_commands_about_an_answer_need_one(talk, line):
 def test_what_cannot_be_done_is_said_and_the_chat_goes_on(talk, tiny, monkeypatch):
     out, said = talk("/persona nadie", "/ask-all Hola", "/nex", "Hola", who=[], flags=("--max-new-tokens", "3"))
     assert "PERSONA-01" in said and "PERSONA-03" in said and "¿Querías decir /next?" in said and out.startswith("Hola")
+    alone = Chat(open_company(str(tiny)))
     with pytest.raises(MaeseError, match="CHAT-01"):
-        Chat(open_company(str(tiny))).on_base()
+        alone.on_base()
+    for asked in (alone, alone.company):
+        with pytest.raises(MaeseError, match="PERSONA-03"):
+            asked.ask_all("Hola")
 
 
 def test_generate_takes_personalities_too(maese, tiny, folders):

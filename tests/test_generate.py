@@ -113,6 +113,9 @@ def test_the_first_word_keeps_its_space(monkeypatch):
         eos_token_id, bos_token_id = -1, None
         words = ("▁En", "▁un", "▁lugar", "▁de")
 
+        def get_vocab(self):
+            return {word: i for i, word in enumerate(self.words)}
+
         def decode(self, ids):
             return "".join(self.words[i] for i in ids).replace("▁", " ").removeprefix(" ")
 
@@ -134,6 +137,9 @@ class Scripted:
         monkeypatch.setattr("maese.generate.engine.stream_ids", lambda *_: iter(range(len(pieces))))
         monkeypatch.setattr("maese.generate.engine.Writer.prompt_ids", lambda *_: [len(pieces)])
         monkeypatch.setattr("maese.generate.engine.load.context_of", lambda _: 10_000)
+
+    def get_vocab(self):
+        return {"": len(self.pieces)}
 
     def decode(self, ids):
         return b"".join(self.pieces[i] for i in ids).decode("utf-8", errors="replace")
@@ -172,7 +178,7 @@ def test_stop_marks_end_the_text_and_are_never_shown(monkeypatch, live):
     assert (
         writer.generate("x", stop=["Pregunta", "###"]).text == "Son cuatro.\n"
     )  # the first in the text, not in the list
-    assert "".join(heard) in ("", answer.text)
+    assert "".join(heard) == (answer.text if live else "")
 
 
 def test_an_answer_does_not_begin_with_the_space_after_its_label(monkeypatch):
@@ -236,7 +242,7 @@ def test_chat_commands(tiny, here):
     assert chat.command("/volar")[0] == "chat.unknown"
     chat.reply("Hola")
     assert chat.command("/save charla.json")[0] == "chat.saved" and (here / "charla.json").is_file()
-    assert chat.take_back() == "Hola" and chat.turns == []
+    assert chat.asked == "Hola" and len(chat.turns) == 2
     chat.reply("Hola")
     assert chat.command("/clear")[0] == "chat.cleared" and chat.turns == []
 

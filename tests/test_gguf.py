@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import pytest
@@ -102,6 +103,50 @@ def test_a_file_that_is_cut_leaves_nothing(made, tmp_path):
     from maese.tokens.store import cache_folder
 
     assert not list(cache_folder().with_name("models").glob("*"))
+
+
+def test_a_family_that_is_not_read_and_a_lack_of_memory_are_no_damage(made, tmp_path, monkeypatch):
+    import numpy as np
+    import transformers
+
+    writer = library.GGUFWriter(tmp_path / "rara.gguf", "rara")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(MaeseError) as problem:
+        load.resolve(str(tmp_path / "rara.gguf"))
+    assert problem.value.code == "MODEL-04" and "rara" in problem.value.facts["reason"]
+    for kind in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")):
+
+        def full(*_, kind=kind, **__):
+            raise kind
+
+        with monkeypatch.context() as patch:
+            patch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", full)
+            with pytest.raises(MaeseError) as problem:
+                load.resolve(str(made[2]))
+        assert problem.value.code == "MODEL-08"
+
+
+def test_what_was_left_half_way_is_swept_and_made_again(made, capsys, monkeypatch):
+    synced = []
+    monkeypatch.setattr(ours, "sync", synced.append)
+    folder = load.resolve(str(made[2]))
+    assert {path.name for path in synced} >= {"model.safetensors", folder.parent.name}
+    drafts = {name: folder.with_name(f"otro.tmp-{name}") for name in ("99999999", str(os.getpid()))}
+    for draft in drafts.values():
+        draft.mkdir()
+        os.utime(draft, (0, 0))
+    young = folder.with_name("otro.tmp-99999998")  # perhaps of another machine that shares the disk
+    young.mkdir()
+    (folder / "config.json").unlink()
+    assert load.resolve(str(made[2])) == folder and (folder / "config.json").is_file()
+    assert not drafts["99999999"].exists() and drafts[str(os.getpid())].exists() and young.exists()
+    capsys.readouterr()
+    load.resolve(str(made[2]))
+    assert not capsys.readouterr().err, "it is kept, and found the third time"
 
 
 def test_without_the_package_that_reads_it(made, monkeypatch):

@@ -6,11 +6,12 @@ import json
 import shutil
 
 import pytest
+from conftest import make_voice
 from test_quant import save_model
 
 from maese.errors import MaeseError
 from maese.model import load, quant, rows
-from maese.model.adapter import add_lora
+from maese.model.adapter import add_lora, attach
 from maese.model.fingerprint import fingerprint, untouched
 from maese.recipe import Method
 from maese.tokens.marks import add_marks, added, spelt
@@ -249,6 +250,77 @@ def test_a_tokenizer_that_grew_without_its_rows_is_refused(recipe, questions, ba
     assert (
         problem.value.code == "TOKEN-06" and "<|user|>" in str(problem.value) and "data.marks=add" in str(problem.value)
     )
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
+def test_a_personality_with_marks_leaves_the_others_as_they_were(bases, tmp_path, kind):
+    """The base grows for it; what the others write, and the weights they write with, stay the same."""
+    import torch
+
+    from maese.generate.personas import open_company
+
+    voice, marked = make_voice(tmp_path / "voz", bases[kind]), tmp_path / "marcas"
+    model, tokenizer, _ = adapted(bases[kind])
+    model.save_pretrained(marked, save_embedding_layers=False)
+    tokenizer.save_pretrained(marked)
+    settings = {"temperature": 2.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 60}
+    company = open_company(str(bases[kind]), [str(voice)])
+    said = {name: (w.fingerprint(), w.generate("Hola", **settings).ids) for name, w in company.writers.items()}
+    other = company.add(str(marked))
+    assert len(company.model.get_input_embeddings().weight) == other.words == 323
+    with torch.no_grad():  # whoever speaks, the new rows would be chosen if they could be
+        company.model.get_input_embeddings().weight[320:] *= 100
+    for name, before in said.items():
+        writer = company.writers[name]
+        assert before == (writer.fingerprint(), writer.generate("Hola", **settings).ids), name
+        assert company.ask_all("Hola", of=[writer, writer], **settings)[1].ids == before[1], name
+
+
+def test_of_two_personalities_with_marks_the_one_with_more_comes_first(bases, tmp_path):
+    from maese.generate.personas import open_company
+
+    for name, templates in (("pocas", ["maese"]), ("muchas", ["maese", "llama3"])):
+        model, tokenizer = load.load_model(bases["gpt2"]), load.load_tokenizer(bases["gpt2"])
+        new = [token for template in templates for token in add_marks(tokenizer, template)]
+        rows.make_room(model, tokenizer, new)
+        model = add_lora(model, Method(kind="lora", rank=3), tokenizer, new)
+        model.save_pretrained(tmp_path / name, save_embedding_layers=False)
+        tokenizer.save_pretrained(tmp_path / name)
+    few, many = str(tmp_path / "pocas"), str(tmp_path / "muchas")
+    company = open_company(str(bases["gpt2"]), [few])
+    before = company.personas[0].generate("Hola", max_new_tokens=8).ids
+    with pytest.raises(MaeseError, match="ADAPT-05"):
+        company.add(many)
+    assert company.personas[0].generate("Hola", max_new_tokens=8).ids == before
+    other = open_company(str(bases["gpt2"]), [many, few])
+    assert other.personas[1].generate("Hola", max_new_tokens=8).ids == before
+
+
+def test_a_model_that_did_not_grow_with_its_tokenizer_is_refused(recipe, bases, here):
+    from maese.generate.engine import open_writer
+
+    folder = shutil.copytree(bases["gpt2"], here / "corta")
+    tokenizer = load.load_tokenizer(folder)
+    tokenizer.add_special_tokens({"pad_token": "<|filling|>"})
+    tokenizer.save_pretrained(folder)
+    assert open_writer(str(folder)).generate("Hola", max_new_tokens=3).tokens  # what fills is never read
+    train(recipe(f"base={folder}", "train.max_steps=2"))
+    add_marks(tokenizer, "maese")
+    tokenizer.save_pretrained(folder)
+    for opened in (lambda: open_writer(str(folder)), lambda: train(recipe(f"base={folder}"))):
+        with pytest.raises(MaeseError) as problem:
+            opened()
+        assert problem.value.code == "TOKEN-07" and "<|user|>" in str(problem.value) and problem.value.facts["n"] == 3
+
+
+def test_an_adapter_that_is_refused_leaves_the_base_as_it_was(bases, tmp_path):
+    model, tokenizer, _ = adapted(bases["qwen3"])
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    tokenizer.save_pretrained(tmp_path)
+    other = load.load_model(bases["gpt2"])
+    with pytest.raises(MaeseError, match="ADAPT-01"):
+        attach(other, tmp_path, bases["gpt2"])
+    assert len(other.get_input_embeddings().weight) == other.config.vocab_size == 320
 
 
 def test_with_the_model_in_pieces_they_are_refused(recipe):

@@ -70,7 +70,7 @@ def test_what_rounding_would_take_is_not_written(recipe, bases, here):
     done = train(recipe(f"base={bases['qwen3']}", "method.kind=lora", "train.lr=1e-6", "train.max_steps=1"))
     with pytest.raises(MaeseError) as problem:
         merge(done, here / "nada", "bf16")
-    assert problem.value.code == "MERGE-01" and "--dtype fp32" in str(problem.value)
+    assert problem.value.code == "MERGE-01" and f"export {done.path} OTRA_CARPETA --dtype fp32" in str(problem.value)
     assert not (here / "nada").exists() and not [p for p in here.iterdir() if ".nada" in p.name]
     merge(done, here / "todo", "fp32")
 
@@ -83,7 +83,8 @@ def test_a_merge_that_is_wrong_is_found(recipe, bases, here, monkeypatch):
     monkeypatch.setattr(Linear, "get_delta_weight", lambda self, adapter: 2 * real(self, adapter))
     with pytest.raises(MaeseError) as problem:
         merge(done, here / "mal")
-    assert problem.value.code == "MERGE-01" and not (here / "mal").exists()
+    assert problem.value.code == "MERGE-02" and not (here / "mal").exists()
+    assert f"maese chat {done.path} " in str(problem.value) and "fp32" not in str(problem.value)
 
 
 def test_a_model_trained_whole_is_written_as_it_is(recipe, here):

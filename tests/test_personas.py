@@ -17,6 +17,7 @@ from maese.generate.engine import Writer, open_writer
 from maese.generate.personas import open_company
 from maese.model import adapter, load
 from maese.model.fingerprint import fingerprint
+from maese.model.merge import merge
 from maese.model.voices import BASE, mixes, speaking
 from maese.recipe import INSIDE, Generate
 from maese.text.record import Message
@@ -136,6 +137,17 @@ def test_a_batch_refuses_what_does_not_fit_and_ends_by_its_marks(company):
     assert company.ask_all("Hola", max_new_tokens=1000, stop=[letter])[0].reason == "stop"
 
 
+def test_a_row_that_reaches_the_context_lets_the_others_go_on(company):
+    """Learned positions end with the table: a row that is over must not be counted past it."""
+    writers = [company.writers["ana"], company.writers["blas"]]
+    settings = [w.with_settings({"temperature": 1.0, "max_new_tokens": 60}) for w in writers]
+    rows = [[40 + i % 90 for i in range(120)], [46, 80, 71, 67, 9]]
+    long, short = write_many(writers, rows, settings)
+    assert long.reason in ("context", "end") and len(short.ids) > 20
+    alone = write_many(writers[1:], rows[1:], settings[1:])[0]
+    assert short.ids == alone.ids
+
+
 def test_adapters_that_are_more_than_lora_are_written_one_after_another(tiny, tmp_path, voices):
     """DoRA and added tokens are PEFT's own affair: they are asked alone, and say what they say alone."""
     import torch
@@ -177,7 +189,10 @@ def test_a_family_that_keeps_no_cache_is_written_row_by_row(tiny):
 
 
 def tensor_bytes(model) -> int:
-    return sum({p.data_ptr(): p.numel() * p.element_size() for p in model.parameters() if p.numel()}.values())
+    """What the model holds, and while some speak, the matrices they speak with, which are no parameters."""
+    at_work = [layer.__dict__.get("forward") for layer in model.modules()]
+    held = [*model.parameters(), *(matrix for voice in at_work if voice for matrix in (voice.a, voice.b))]
+    return sum({p.data_ptr(): p.numel() * p.element_size() for p in held if p.numel()}.values())
 
 
 @pytest.fixture(scope="module")
@@ -196,12 +211,18 @@ def eight(tmp_path_factory):
 
 
 def test_the_memory_of_a_base_and_eight_adapters(eight):
+    """Those that wait weigh what their files do; those that speak, besides, their matrices in the bits of the base."""
     import torch
 
     model, alone = eight
     kinds = {p.dtype for name, p in model.named_parameters() if ".lora_" in name}
     assert kinds == {torch.bfloat16}
-    assert alone < tensor_bytes(model) <= 1.15 * alone
+    waiting = tensor_bytes(model)
+    assert alone < waiting <= 1.15 * alone
+    for names, most in ((["v3"], 1.18), ([f"v{i}" for i in range(8)], 1.45)):
+        with speaking(model, names):
+            assert waiting < tensor_bytes(model) <= most * alone, (names, tensor_bytes(model) / alone)
+    assert tensor_bytes(model) == waiting
 
 
 def test_switching_takes_no_time_and_reads_nothing(eight, monkeypatch):
@@ -277,7 +298,7 @@ def test_two_of_one_name_are_told_apart(tiny, voices, tmp_path):
 
 
 def test_those_of_the_package_are_found_by_name_and_offered_where_they_fit(
-    tiny, tiny_llama, tmp_path, monkeypatch, voices
+    tiny, tiny_llama, tmp_path, monkeypatch, voices, maese
 ):
     for folder in voices["gpt2"]:
         shutil.copytree(folder, tmp_path / folder.name)
@@ -300,6 +321,13 @@ def test_those_of_the_package_are_found_by_name_and_offered_where_they_fit(
     with pytest.raises(MaeseError, match="ADAPT-01") as problem:
         open_company(str(tiny_llama), ["ana"])
     assert problem.value.facts["adapter"] == "ana"
+    # By its name alone it comes with its base; by its folder it has the words of its base.
+    for opened in (open_company("ana"), open_company("ana", ["blas"])):
+        assert Chat(opened).writer.name == "ana" and opened.main == f"{tiny}".rpartition("/")[2]
+    said = open_company("ana").generate("Hola", "ana", temperature=0.0, max_new_tokens=6).text
+    assert open_writer(str(tmp_path / "ana")).generate("Hola", temperature=0.0, max_new_tokens=6).text == said
+    assert maese("generate", "ana", "Hola", "--greedy", "--max-new-tokens", 6)[1] == f"{said}\n"
+    assert load.load_tokenizer(merge(str(tmp_path / "ana"), tmp_path / "entera").path)("Hola")["input_ids"]
 
 
 # What can go wrong
@@ -322,7 +350,7 @@ def test_names_that_are_no_personality(recipe, here, tiny):
     assert "voz" in problem.value.facts["known"]
 
 
-def test_a_base_that_was_moved(here, tiny):
+def test_a_base_that_was_moved(here, tiny, maese):
     """The error says where it was; the base given where it is now, with the adapter as personality, works."""
     shutil.copytree(tiny, here / "base")
     make_voice(here / "voz", here / "base")
@@ -334,6 +362,56 @@ def test_a_base_that_was_moved(here, tiny):
     assert open_company("otra", ["voz"]).guests[0].generate("Hola", max_new_tokens=2).persona == "voz"
     with pytest.raises(MaeseError, match="ADAPT-01"):  # the same shape, other weights
         open_company(str(make_model(here / "ajena", seed=9)), ["voz"])
+    code, _, said = maese("export", "voz", "entero")
+    assert code == 1 and "ADAPT-04" in said and "export voz CARPETA_NUEVA --base CARPETA_DE_LA_BASE" in said
+    code, _, said = maese("export", "voz", "entero", "--base", "ajena")
+    assert code == 1 and "ADAPT-01" in said
+    assert maese("export", "voz", "entero", "--base", "otra")[0] == 0 and (here / "entero" / "config.json").is_file()
+
+
+def test_the_base_of_an_adapter_without_our_notes_is_the_one_that_peft_noted(here, tiny):
+    make_voice(here / "voz", tiny)
+    (here / "voz" / adapter.ABOUT).unlink()
+    assert adapter.base_of(here / "voz") == tiny and adapter.base_of(here / "voz", "embedded") == INSIDE["embedded"]
+    assert open_writer("voz", base=True).fingerprint() == fingerprint(load.load_model(tiny))
+    config = json.loads((here / "voz" / adapter.CONFIG).read_text("utf-8"))
+    for gone in (str(here / "nada"), None):
+        (here / "voz" / adapter.CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": gone}), "utf-8")
+        with pytest.raises(MaeseError, match="ADAPT-04"):
+            adapter.base_of(here / "voz")
+
+
+def test_the_base_of_an_adapter_is_asked_without_it(tiny, voices, maese):
+    folder = str(voices["gpt2"][0])
+    bare = open_writer(folder, base=True)
+    assert bare.fingerprint() == fingerprint(load.load_model(tiny)) != open_writer(folder).fingerprint()
+    said = maese("generate", folder, "Hola", "--base", "--greedy", "--max-new-tokens", "8")
+    assert said[1] == f"Hola{bare.generate('Hola', temperature=0.0, max_new_tokens=8).text}\n"
+    assert said[1] != maese("generate", folder, "Hola", "--greedy", "--max-new-tokens", "8")[1]
+
+
+def test_what_a_recipe_takes_as_base_reaches_the_loading_code(here, monkeypatch):
+    monkeypatch.setitem(load.PACKAGED, "smollm2", "llm-of-no-package")
+    codes = {"smollm2": "MODEL-07", "gpt2-xl": "MODEL-01", "gpt2@main": "MODEL-01", "nada.gguf": "MODEL-01"}
+    found = {}
+    for name in codes:
+        with pytest.raises(MaeseError) as problem:
+            open_company(name)
+        found[name] = problem.value.code
+    assert found == codes
+
+
+@pytest.mark.parametrize("name", [adapter.WEIGHTS, adapter.CONFIG, adapter.ABOUT])
+def test_an_adapter_of_which_a_file_is_cut(here, tiny, voices, name):
+    folder = shutil.copytree(voices["gpt2"][0], here / "rota")
+    company = open_company(str(tiny))
+    for left in (0.5, 0.0):
+        whole = (voices["gpt2"][0] / name).read_bytes()
+        (folder / name).write_bytes(whole[: int(left * len(whole))])
+        for opened in (open_writer, company.add):
+            with pytest.raises(MaeseError) as problem:
+                opened(str(folder))
+            assert problem.value.code == "MODEL-06" and name in str(problem.value)
 
 
 def test_an_adapter_of_another_shape_without_notes(here, tiny, tiny_llama, voices):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import make_voice
 
 from maese.errors import Interrupted, MaeseError
 from maese.model import quant
@@ -265,20 +266,51 @@ def test_a_run_opens_as_an_adapter_over_the_whole_base(recipe, bases):
 
 def test_where_the_whole_base_has_no_room_it_opens_as_it_was_learnt_over(recipe, bases, monkeypatch, capsys):
     """A run that fitted a small card can be asked on that card."""
+    import torch
+
     from maese.generate.engine import open_writer
 
     phi = 2_780_000_000
     free = {6: None, 8: "fp16", 11: "fp16", 16: "fp32"}
     assert {gib: quant.precision_that_fits(phi, gib << 30, "fp16") for gib in free} == free
     run = train(recipe(f"base={bases['qwen3']}", *QLORA, "train.lr=1e-2", "train.max_steps=2"))
-    whole = open_writer(run).generate("En un lugar", temperature=0.0).text
+    whole = open_writer(run)
     monkeypatch.setattr(quant, "_card", lambda: ("cpu", 1 << 20, "bf16"))
     capsys.readouterr()
     small = open_writer(run)
     assert len(quant.quantized(small.model)) == 14 and "4 bits" in capsys.readouterr().err
-    assert isinstance(small.generate("En un lugar", temperature=0.0).text, str) and isinstance(whole, str)
+    # What 4 bits leave of the base is near it, and is not it.
+    ids = torch.tensor([whole.prompt_ids("En un lugar")])
+    with torch.no_grad():
+        wanted, found = (writer.model(input_ids=ids).logits.float() for writer in (whole, small))
+    assert 0 < float((found - wanted).norm()) < 0.5 * float(wanted.norm())
+    assert small.generate("En un lugar", temperature=0.0, max_new_tokens=4).tokens > 0
+    bare = open_writer(run, base=True)
+    assert len(quant.quantized(bare.model)) == 14 and not hasattr(bare.model, "peft_config")
     monkeypatch.setattr(quant, "_card", lambda: ("cpu", 1 << 40, "bf16"))
+    capsys.readouterr()
     assert not quant.quantized(open_writer(run).model) and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["whole", "adapter"])
+def test_where_32_bits_have_no_room_a_model_comes_in_16_or_stays_on_the_processor(
+    bases, tmp_path, monkeypatch, capsys, what
+):
+    import torch
+
+    from maese.generate.engine import open_writer
+
+    folder = bases["qwen3"] if what == "whole" else make_voice(tmp_path / "voz", bases["qwen3"])
+    numbers = open_writer(str(bases["qwen3"])).model.num_parameters()
+    room = {8: (torch.float32, ""), 3: (torch.bfloat16, "en 16"), 1: (torch.float32, "escribe el procesador")}
+    for each, (dtype, told) in room.items():
+        free = quant.ROOM + int(numbers * each * quant.SPARE)
+        monkeypatch.setattr(quant, "_card", lambda free=free: ("cpu", free, "bf16"))
+        capsys.readouterr()
+        writer = open_writer(str(folder))
+        said = capsys.readouterr().err
+        assert writer.model.get_input_embeddings().weight.dtype == dtype and told in said and bool(said) == bool(told)
+        assert writer.generate("En un lugar", max_new_tokens=3).tokens > 0
 
 
 def test_without_the_package_it_says_what_to_install(recipe, monkeypatch):

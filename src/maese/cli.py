@@ -284,12 +284,13 @@ def report(ctx: click.Context, run: str) -> None:
 @click.option(
     "--dtype", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", help=say("cli.export.dtype")
 )
+@click.option("--base", metavar=say("cli.metavar.model"), help=say("cli.export.base"))
 @click.pass_context
-def export(ctx: click.Context, run: str, folder: Path, dtype: str) -> None:
+def export(ctx: click.Context, run: str, folder: Path, dtype: str, base: str | None) -> None:
     from maese import terminal
     from maese.model.merge import merge
 
-    terminal.merged(merge(run, folder, dtype), **ctx.obj)
+    terminal.merged(merge(run, folder, dtype, base), **ctx.obj)
 
 
 def run(arguments: list[str]) -> int:

@@ -57,9 +57,9 @@ def generate(ctx: click.Context, model: str, prompt: str, base: bool, personas: 
     settings = settings_of(**given)
     if prompt == "-":
         prompt = sys.stdin.read().rstrip("\n")
-    if personas:
-        from maese.generate.personas import open_company
+    from maese.generate.personas import open_company, shipped
 
+    if personas or model in shipped():
         terminal.answers(open_company(model, personas), prompt, base, settings, **ctx.obj)
         return
     from maese.generate.engine import open_writer
@@ -74,9 +74,11 @@ def generate(ctx: click.Context, model: str, prompt: str, base: bool, personas: 
 @writing_options
 @click.pass_context
 def chat(ctx: click.Context, model: str, personas: tuple[str, ...], save: Path | None, **given: Any) -> None:
-    from maese import terminal_chat
+    from maese import run, terminal_chat
 
     settings = settings_of(**given)
+    if save:  # before anything is opened; afterwards the file is this conversation's
+        run.refuse_taken(save)
     from maese.generate.personas import open_company
 
     terminal_chat.chat(open_company(model, personas), settings, save, **ctx.obj)

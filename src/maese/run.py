@@ -257,9 +257,16 @@ def _gigabytes_free(path: Path) -> float:
     return shutil.disk_usage(existing).free / 2**30
 
 
-def _free(path: Path) -> Path:
-    """The first name of the row `x-2`, `x-3`, … that nobody has taken."""
-    return next(p for i in range(2, 10_000) if not (p := path.with_name(f"{path.name}-{i}")).exists())
+def _free(path: Path, ending: str = "") -> Path:
+    """The first name of the row `x-2`, `x-3`, … that nobody has taken; with an ending, `x-2.json`."""
+    stem = path.name.removesuffix(ending)
+    return next(p for i in range(2, 10_000) if not (p := path.with_name(f"{stem}-{i}{ending}")).exists())
+
+
+def refuse_taken(path: Path) -> None:
+    """RUN-01, with a name that is free, where there is something already."""
+    if path.exists():
+        raise MaeseError("RUN-01", path=str(path), free=str(_free(path, path.suffix if path.is_file() else "")))
 
 
 def _started(pid: int) -> float | None:

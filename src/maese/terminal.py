@@ -144,7 +144,7 @@ def answer(writer: Any, prompt: str, settings: dict[str, Any], json: bool = Fals
         sys.stdout.write(prompt if writer.format == "text" else "")
     result = writer.generate(prompt, on_text=_show if live else None, **settings)
     if json:
-        sys.stdout.write(jsons.dumps({"prompt": prompt} | result.facts(), ensure_ascii=False) + "\n")
+        as_data(prompt, result)
         return
     if not live:
         sys.stdout.write((prompt if writer.format == "text" else "") + result.text)
@@ -167,13 +167,19 @@ def answers(
     for writer, result in zip(writers, company.ask_all(prompt, of=writers, **settings), strict=True):
         chosen = writer.with_settings(settings)
         if json:
-            sys.stdout.write(jsons.dumps({"prompt": prompt} | result.facts(), ensure_ascii=False) + "\n")
+            as_data(prompt, result)
             continue
         begun = prompt if writer.format == "text" else ""
         sys.stdout.write(f"{result.persona or say('chat.base')}> {begun}{result.text}\n")
         sys.stdout.flush()
         for line in (*fewer(result, chosen), footer(result, chosen)):
             talk(line, quiet=quiet)
+
+
+def as_data(prompt: str, result: Any) -> None:
+    """An answer as one line of JSON, with what it answers."""
+    sys.stdout.write(jsons.dumps({"prompt": prompt} | result.facts(), ensure_ascii=False) + "\n")
+    sys.stdout.flush()
 
 
 def fewer(result: Any, settings: Any) -> list[str]:

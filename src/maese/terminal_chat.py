@@ -17,7 +17,7 @@ from typing import Any
 from maese.errors import MaeseError
 from maese.live import shorten
 from maese.say import percent, say
-from maese.terminal import fewer, footer, talk
+from maese.terminal import as_data, fewer, footer, talk
 
 EXIT, HELP = ("/exit", "/quit", "/salir"), ("/help", "/?", "/ayuda")
 WIDEST = 100  # columns: longer lines are hard to read
@@ -92,7 +92,7 @@ class Room:
         if line in HELP:
             self.say(say("chat.help"))
         elif name == "/retry":
-            self.again(self.chat.take_back(), seed=True)
+            self.retry()
         elif name == "/edit":
             self.edit(rest)
         elif name == "/ask-all":
@@ -109,28 +109,24 @@ class Room:
         elif line:
             self.ask(line)
 
-    def ask(self, line: str) -> None:
-        """A question and its answer, as it comes."""
+    def ask(self, line: str, instead: bool = False) -> None:
+        """A question and its answer, as it comes; `instead` of the last ones, once they are there."""
         page = Page(self.live)
         page.begin(self.label(self.chat.writer, self.live), line if self.chat.writer.format == "text" else "")
-        answer = self.chat.reply(line, None if self.json else page.write)
+        answer = self.chat.reply(line, None if self.json else page.write, instead)
         page.end()
         self.about(line, answer, self.chat.chosen)
         self.keep()
 
-    def again(self, question: str | None, seed: bool = False) -> None:
-        if question is None:
-            raise MaeseError("CHAT-01")
-        if seed:
-            self.chat.settings["seed"] = self.chat.chosen.seed + 1
-        self.ask(question)
+    def retry(self) -> None:
+        question = self.chat.asked
+        self.chat.settings["seed"] = self.chat.chosen.seed + 1
+        self.ask(question, instead=True)
 
     def edit(self, text: str) -> None:
         """Ask the last question in other words: those given, or those a person makes of the old ones."""
-        old = self.chat.take_back()
-        if old is None:
-            raise MaeseError("CHAT-01")
-        self.again(text or (self.rewrite(old) if self.typed else old) or old)
+        old = self.chat.asked
+        self.ask(text or (self.rewrite(old) if self.typed else old) or old, instead=True)
 
     def rewrite(self, old: str) -> str:
         try:
@@ -225,8 +221,7 @@ class Room:
     def about(self, question: str, answer: Any, settings: Any) -> None:
         """The line below a reply: who, how much, how fast, how; and what did not go as asked."""
         if self.json:
-            sys.stdout.write(jsons.dumps({"prompt": question} | answer.facts(), ensure_ascii=False) + "\n")
-            sys.stdout.flush()
+            as_data(question, answer)
             return
         if answer.reason == "stopped":
             self.say(say("chat.stopped" if answer.text.strip() else "chat.stopped_empty"))

@@ -56,7 +56,7 @@ def write_many(
     try:
         for group in groups:
             with speaking(model, [voices[i] for i in group] if named else None):
-                _write(model, {i: drafts[i] for i in group}, [writers[i].stop_ids() for i in group], together, end)
+                _write(model, {i: drafts[i] for i in group}, [writers[i] for i in group], together, end)
     except KeyboardInterrupt:
         if not stoppable:
             raise
@@ -77,18 +77,19 @@ def _batches(model: Any) -> bool:
 
 
 def _write(
-    model: Any, numbered: dict[int, Draft], stops: list[set[int]], padded: bool, end: Callable[[int], object]
+    model: Any, numbered: dict[int, Draft], writers: list[Writer], padded: bool, end: Callable[[int], object]
 ) -> None:
     """Feed the drafts, one token each a pass, until all have ended; `end` is told the number of each that does."""
     import torch
 
-    drafts, device = [*numbered.values()], model.device
+    drafts, device, context = [*numbered.values()], model.device, context_of(model)
     longest = max(len(draft.ids) for draft in drafts)
     pads = [longest - len(draft.ids) for draft in drafts]
     fresh_BT = torch.tensor([[0] * pad + draft.ids for pad, draft in zip(pads, drafts, strict=True)], device=device)
     mask_BT = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=device)
     places_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
     dice = [torch.Generator().manual_seed(draft.settings.seed) for draft in drafts]
+    stops, words = [writer.stop_ids() for writer in writers], [writer.words for writer in writers]
     live, cache = {*range(len(drafts))}, None
     small = device.type == "cpu" and model.num_parameters() < ONE_THREAD_PARAMETERS
     while live:
@@ -99,15 +100,17 @@ def _write(
             chosen = [0] * len(drafts)  # what a row that has ended is fed is never looked at
             for i in live:
                 draft = drafts[i]
-                chosen[i] = draw(probabilities(out.logits[i, -1], draft.settings, draft.ids + draft.new), dice[i])
+                known_V = out.logits[i, -1, : words[i]]
+                chosen[i] = draw(probabilities(known_V, draft.settings, draft.ids + draft.new), dice[i])
             next_B1 = torch.tensor(chosen, device=device)[:, None]
             # A family with a memory of another name (Mamba) reads all of it again each time.
             fresh_BT = next_B1 if cache is not None else torch.cat([fresh_BT, next_B1], 1)
             mask_BT = torch.cat([mask_BT, torch.ones_like(next_B1)], 1)
-            places_BT = places_BT[:, -1:] + 1
+            # A row that has ended is still fed: it must not be counted past the end of learned positions.
+            places_BT = (places_BT[:, -1:] + 1).clamp(max=context - 1)
         for i, number in enumerate(numbered):
             draft = drafts[i]
-            over = i in live and (chosen[i] in stops[i] or draft.take(chosen[i]) or draft.full(context_of(model)))
+            over = i in live and (chosen[i] in stops[i] or draft.take(chosen[i]) or draft.full(context))
             if over:
                 live.remove(i)
                 end(number)

@@ -24,7 +24,7 @@ from maese.generate.engine import Writer
 from maese.generate.personas import Company, fitting
 from maese.model.load import context_of
 from maese.recipe import Generate, scalar
-from maese.run import write_whole
+from maese.run import refuse_taken, write_whole
 from maese.text.record import Conversation, Message
 from maese.tokens.template import encode
 
@@ -32,7 +32,7 @@ SETTINGS = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_toke
 COMMANDS = (
     "help", "persona", "ask-all", "retry", "edit", "next", "compare", *SETTINGS, "tokens", "clear", "save", "exit",
 )  # fmt: skip
-NO_VOICE = "-"  # `/system -` takes the voice away
+NONE, OFF = "-", ("-", "no", "0")  # `/system -` takes the voice away, `/sentences no` their number
 
 
 @dataclass(frozen=True)
@@ -63,20 +63,30 @@ class Chat:
         self.turns: list[Turn] = []
         self.last: Exchange | None = None
         self.dropped = 0  # turns that no longer fit and were left out of the last reply
+        self.written: set[Path] = set()  # files of this conversation, which it may write again
 
     @property
     def chosen(self) -> Generate:
         """How the one who answers writes now: its own ways, changed by what was asked in this conversation."""
         return self.writer.with_settings(self.settings)
 
-    def reply(self, text: str, on_text: Callable[[str], object] | None = None) -> Answer:
+    def reply(self, text: str, on_text: Callable[[str], object] | None = None, instead: bool = False) -> Answer:
         """The answer to a new turn. Ctrl+C ends it, and what was written stays as the turn.
 
-        A model of raw text continues what was typed and remembers nothing.
+        With `instead` it takes the place of the last exchange, which stays if nothing comes of it. A model of raw text
+        continues what was typed and remembers nothing.
         """
-        before = self._that_fit(text)
-        answer = self.writer.generate(text, before=before, on_text=on_text, stoppable=True, **self.settings)
-        self._keep(Exchange(text, before, self.writer, self.chosen, answer))
+        whole = self.turns
+        if instead:
+            self.turns = whole[:-2]
+        began = len(self.turns)
+        try:
+            before = self._that_fit(text)
+            answer = self.writer.generate(text, before=before, on_text=on_text, stoppable=True, **self.settings)
+            self._keep(Exchange(text, before, self.writer, self.chosen, answer))
+        finally:
+            if instead and len(self.turns) == began:
+                self.turns = whole
         return answer
 
     def ask_all(self, text: str, on_text: OnText = None, on_end: OnEnd = None) -> list[Answer]:
@@ -85,8 +95,6 @@ class Chat:
         Error: PERSONA-03 (none is loaded).
         """
         asked = self.company.personas
-        if not asked:
-            raise MaeseError("PERSONA-03", known=" ".join(fitting(self.company.below)) or "—")
         before = self._that_fit(text, asked)
         answers = self.company.ask_all(
             text, before=before, on_text=on_text, on_end=on_end, stoppable=True, **self.settings
@@ -168,12 +176,14 @@ class Chat:
         if name == "system" and self.writer.format == "text":
             return "generate.no_system", {}
         if value:
-            typed = ("" if value == NO_VOICE else value) if name == "system" else scalar(value)
+            typed = ("" if value == NONE else value) if name == "system" else scalar(value)
+            if name == "sentences" and value in OFF:
+                typed = False
             changed = self.settings | {name: typed}
             self.writer.with_settings(changed)  # what it cannot be is said before anything changes
             self.settings = changed
         now = getattr(self.chosen, name)
-        return "chat.set", {"name": name, "value": NO_VOICE if now in (None, "") else str(now)}
+        return "chat.set", {"name": name, "value": NONE if now in (None, "") else str(now)}
 
     def _persona(self, name: str) -> tuple[str, dict[str, Any]]:
         if not name:
@@ -194,17 +204,22 @@ class Chat:
         return len(self.writer.renderer.render(Conversation(messages, "")))
 
     def save(self, path: Path) -> Path:
-        """Write the conversation: who said what, with which voices and settings. A file there is replaced whole."""
+        """Write the conversation: who said what, with which voices and settings, over what it wrote there before.
+
+        Error: RUN-01 (there is a file that this conversation did not write).
+        """
+        if path.resolve() not in self.written:
+            refuse_taken(path)
         turns = [{key: value for key, value in asdict(turn).items() if value} for turn in self.turns]
         voices = {name: writer.with_settings(self.settings).system for name, writer in self.company.writers.items()}
         facts = {"messages": turns, "model": self.company.main, "voices": voices, "settings": self.settings}
         write_whole(path, json.dumps(facts, ensure_ascii=False, indent=1))
+        self.written.add(path.resolve())
         return path
 
-    def take_back(self) -> str | None:
-        """Forget the last exchange and return what the person had asked, to ask it again."""
-        if len(self.turns) < 2:
-            return None
-        asked = self.turns[-2].content
-        del self.turns[-2:]
-        return asked
+    @property
+    def asked(self) -> str:
+        """The last question. Error: CHAT-01 (there is none)."""
+        if not self.turns:
+            raise MaeseError("CHAT-01")
+        return self.turns[-2].content

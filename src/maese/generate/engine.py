@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -23,7 +22,8 @@ from maese.generate.sample import draw, probabilities
 from maese.model import adapter, load
 from maese.model.fingerprint import fingerprint
 from maese.model.quant import open_base
-from maese.model.voices import speaking
+from maese.model.voices import BASE, speaking
+from maese.plan.shape import KNOWN
 from maese.text.record import Message
 from maese.tokens.template import TEMPLATES, Renderer, encode, open_template, opening
 
@@ -33,10 +33,13 @@ from maese.tokens.template import TEMPLATES, Renderer, encode, open_template, op
 ONE_THREAD_PARAMETERS = 200e6
 
 
-def stream_ids(model: Any, ids: list[int], settings: recipes.Generate, stop_ids: set[int]) -> Iterator[int]:
+def stream_ids(
+    model: Any, ids: list[int], settings: recipes.Generate, stop_ids: set[int], words: int | None = None
+) -> Iterator[int]:
     """New token ids, one at a time, until a stop id, the token limit or the end of the model's context.
 
-    `ids` (T,) must not be empty. The model is called once with the prompt and then with one token at a time.
+    `ids` (T,) must not be empty. The model is called once with the prompt and then with one token at a time. Ids from
+    `words` on are never drawn.
     """
     import torch
 
@@ -50,7 +53,7 @@ def stream_ids(model: Any, ids: list[int], settings: recipes.Generate, stop_ids:
         # Inside the loop and not around it: a generator that is put aside must not leave its caller in these modes.
         with torch.inference_mode(), threads(1 if small else torch.get_num_threads()):
             out = model(input_ids=torch.tensor([fresh], device=model.device), past_key_values=cache, use_cache=True)
-            chosen = draw(probabilities(out.logits[0, -1], settings, seen), generator)
+            chosen = draw(probabilities(out.logits[0, -1, :words], settings, seen), generator)
         if chosen in stop_ids:
             return
         seen.append(chosen)
@@ -86,6 +89,11 @@ class Writer:
     @cached_property
     def renderer(self) -> Renderer:
         return open_template(self.template, self.tokenizer)
+
+    @cached_property
+    def words(self) -> int:
+        """How many ids its tokenizer has: a model may have rows for more, as after a personality with marks came."""
+        return load.ids_of(self.tokenizer)
 
     def prompt_ids(
         self, prompt: str, before: Sequence[Message] = (), settings: recipes.Generate | None = None
@@ -129,19 +137,26 @@ class Writer:
         ids = self.prompt_ids(prompt, before, chosen)
         answer = self._write(ids, chosen, on_text, stoppable)
         for seed in range(chosen.seed + 1, chosen.seed + tries):
-            if on_text or not chosen.sentences or answer.reason == "sentences":
+            if on_text or not chosen.sentences or answer.reason in ("sentences", "stopped"):
                 break
-            again = self._write(ids, chosen.model_copy(update={"seed": seed}), None)
+            again = self._write(ids, chosen.model_copy(update={"seed": seed}), None, stoppable)
             answer = again if again.sentences > answer.sentences else answer
+            if again.reason == "stopped":
+                break
         return answer
 
     def fingerprint(self) -> str:
         """Which weights are at work while this one writes: see `model.fingerprint`."""
+        # Rows that the tokens of another personality brought are none of its own.
+        first = getattr(self.model, "rows_at_first", None)
         with speaking(self.model, self.voice and [self.voice]):
-            return fingerprint(self.model)
+            return fingerprint(self.model, first and max(first, self.words))
 
     def with_settings(self, settings: dict[str, Any]) -> recipes.Generate:
+        """Its settings with those given; None is not given, and `sentences=False` takes away the number it had."""
         given = {key: value for key, value in settings.items() if value is not None}
+        if given.get("sentences") is False:
+            given["sentences"] = None
         try:
             return recipes.Generate.model_validate(self.settings.model_dump() | given)
         except ValueError as problem:
@@ -154,7 +169,7 @@ class Writer:
         draft, reason = self.draft(ids, settings, on_text), "end"
         try:
             with speaking(self.model, self.voice and [self.voice]):
-                for token in stream_ids(self.model, ids, draft.settings, self.stop_ids()):
+                for token in stream_ids(self.model, ids, draft.settings, self.stop_ids(), self.words):
                     if draft.take(token):
                         break
         except KeyboardInterrupt:
@@ -181,18 +196,21 @@ class Writer:
 def open_writer(what: str | Path | runs.Run, base: bool = False) -> Writer:
     """Open a run (by folder or name), a model folder, an adapter folder, `embedded` or a hub id, ready to write.
 
-    `base=True` opens the untouched base of a run, with the run's settings.
+    `base=True` opens the untouched base of a run, or of an adapter, with its settings.
     """
     run = what if isinstance(what, runs.Run) else as_run(str(what))
     if run is None:
         folder = load.resolve(str(what))
         model, tokenizer = open_folder(folder)
-        return folder_writer(model, tokenizer, folder)
+        writer = folder_writer(model, tokenizer, folder)
+        if base and adapter.is_adapter(folder):
+            writer.voice, writer.name = BASE, ""
+        return writer
     recipe = run.recipe()
     if not base and not run.final.is_dir():
         raise MaeseError("RUN-05", run=str(run.path))
     folder = load.resolve(recipe.base) if base else run.final
-    model, tokenizer = open_folder(folder, recipe.base)
+    model, tokenizer = open_folder(folder, recipe.base, recipe.method.kind)
     return Writer(
         model, tokenizer, recipe.generate, recipe.data.format, recipe.data.template, name="" if base else recipe.name
     )
@@ -216,44 +234,41 @@ def folder_writer(model: Any, tokenizer: Any, folder: Path) -> Writer:
 
 def published(folder: Path) -> dict[str, Any]:
     """How a folder says that it writes, in transformers' words: `{"temperature": 0.3, …}` of generation_config.json."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
-    said = json.loads(path.read_text("utf-8"))
+    said = load.read_json(folder, "generation_config.json")
     greedy = "do_sample" in said and not said["do_sample"]
     return said | ({"temperature": 0.0} if greedy else {})
 
 
-def base_of(folder: Path, base: str | None = None) -> Path:
-    """The folder of the weights an adapter goes over. Error: ADAPT-04 (they are no longer where they were)."""
-    named = base or adapter.about_adapter(folder).get("base", "embedded")
-    if Path(named).is_absolute() and not Path(named).exists():
-        raise MaeseError("ADAPT-04", path=str(folder), base=named)
-    return load.resolve(named)
+def open_folder(folder: Path, base: str | None = None, method: str | None = None) -> tuple[Any, Any]:
+    """Model and tokenizer of a folder; an adapter is put over its base. Frozen, on the best device here.
 
-
-def open_folder(folder: Path, base: str | None = None) -> tuple[Any, Any]:
-    """Model and tokenizer of a folder; an adapter is put over its base. Frozen, on the best device here."""
-    import torch
-
+    `method` is how what is there, or goes over it, was trained. Errors: those of loading, TOKEN-07.
+    """
+    words = folder
     if adapter.is_adapter(folder):
-        below = base_of(folder, base)
-        under = open_base(below, adapter.about_adapter(folder).get("method"))
-        model = adapter.attach(under, folder, below)
+        below = adapter.base_of(folder, base)
+        under = open_base(below, adapter.about_adapter(folder).get("method") or method)
+        model = adapter.attach(under, folder, below).to(under.device)
         model.generation_config = model.base_model.model.generation_config
+        words = folder if adapter.brings_words(folder) else below
     else:
-        model = load.load_model(folder)
-    tokenizer = load.load_tokenizer(folder)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+        model = open_base(folder, method)
+    tokenizer = load.load_tokenizer(words)
+    load.refuse_rowless(model, tokenizer, words)
+    return model, tokenizer
 
 
 def as_run(what: str) -> runs.Run | None:
+    """The run something names, or None for what `load.resolve` is to open. Error: RUN-02 (it is neither)."""
     inside = ("config.json", "adapter_config.json")
-    if what in recipes.INSIDE or any((Path(what) / name).is_file() for name in inside):
+    if what in recipes.INSIDE or what.endswith(".gguf") or any((Path(what) / name).is_file() for name in inside):
         return None
     try:
         return runs.find(what)
     except MaeseError:
+        # Without its owner a name of the hub could be any slip of the hand: only those of the recipes are taken.
+        if what.partition("@")[0] in KNOWN or what in load.PACKAGED:
+            return None
         # Only something that looks like a hub id may still be one.
         if what.count("/") == 1 and not Path(what).exists() and not what.startswith(("runs/", ".")):
             return None

@@ -21,7 +21,7 @@ from maese import run as runs
 from maese.errors import MaeseError
 from maese.generate.batch import OnEnd, OnText, write_many
 from maese.generate.draft import Answer
-from maese.generate.engine import Writer, as_run, base_of, folder_writer, open_writer
+from maese.generate.engine import Writer, as_run, folder_writer, open_writer
 from maese.model import adapter, load
 from maese.model.voices import BASE
 from maese.text.record import Message
@@ -140,7 +140,7 @@ class Company:
 
     def _writer(self, persona: Persona, model: Any, tokenizer: Any) -> Writer:
         """Its own words and its own way of writing; those that travel with the package share the base's tokenizer."""
-        if (persona.folder / "tokenizer.json").is_file():
+        if adapter.brings_words(persona.folder):
             tokenizer = load.load_tokenizer(persona.folder)
         if persona.run is None:
             return folder_writer(model, tokenizer, persona.folder)
@@ -163,8 +163,13 @@ class Company:
         self, prompt: str, *, of: Sequence[Writer] = (), before: Sequence[Message] = (), on_text: OnText = None,
         on_end: OnEnd = None, stoppable: bool = False, **settings: Any,
     ) -> list[Answer]:  # fmt: skip
-        """The answer of every personality, or `of` some, to one question: written in one batch, each with its name."""
+        """The answer of every personality, or `of` some, to one question: written in one batch, each with its name.
+
+        Error: PERSONA-03 (none is loaded).
+        """
         writers = [*of] or self.personas
+        if not writers:
+            raise MaeseError("PERSONA-03", known=" ".join(fitting(self.below)) or "—")
         chosen = [writer.with_settings(settings) for writer in writers]
         pairs = zip(writers, chosen, strict=True)
         rows = [writer.prompt_ids(prompt, before, one) for writer, one in pairs]
@@ -177,16 +182,25 @@ class Company:
 
 
 def open_company(what: str | Path | runs.Run, personas: Sequence[str] = ()) -> Company:
-    """A model and the personalities that go over its base: a run, a folder, a model of the package or a hub id."""
+    """A model and the personalities that go over its base: a run, a folder, a model of the package or a hub id.
+
+    The name of a personality of the package opens its base with it.
+    """
+    if isinstance(what, str) and what in shipped() and not Path(what).exists():
+        name = what
+        try:
+            what = runs.find(name)  # a training of the person's that has the same name
+        except MaeseError:
+            return open_company(adapter.about_adapter(PERSONAS / name)["base"], [name, *personas])
     run = what if isinstance(what, runs.Run) else as_run(str(what))
     found = [find(name) for name in personas]  # a name that is misspelt is told before a model is opened
     writer = open_writer(what)
     if run is None:
         folder = load.resolve(str(what))
-        below = base_of(folder) if adapter.is_adapter(folder) else folder
+        below = adapter.base_of(folder) if adapter.is_adapter(folder) else folder
     else:
         folder = run.final
-        below = base_of(folder, run.recipe().base) if adapter.is_adapter(folder) else folder
+        below = adapter.base_of(folder, run.recipe().base) if adapter.is_adapter(folder) else folder
     # What was typed, unless it is a path: then what it calls itself.
     typed = str(what) if not isinstance(what, runs.Run) and "/" not in str(what) else ""
     company = Company(writer, typed or writer.name or folder.resolve().name, below, run)

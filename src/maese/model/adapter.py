@@ -7,18 +7,17 @@ LoRA: Hu et al. 2021, arXiv 2106.09685. The files are PEFT's, so that every tool
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from maese.errors import MaeseError
 from maese.model import rows
-from maese.model.load import load_tokenizer, quiet, weights_hash
+from maese.model.load import header, load_tokenizer, quiet, read_json, resolve, weights_hash
 from maese.recipe import Method
 from maese.tokens.marks import added
 
-ABOUT = "maese.json"
+ABOUT, CONFIG, WEIGHTS = "maese.json", "adapter_config.json", "adapter_model.safetensors"
 
 
 def add_lora(model: Any, method: Method, tokenizer: Any = None, new: list[int] | tuple[int, ...] = ()) -> Any:
@@ -77,19 +76,24 @@ def linear_names(model: Any) -> set[str]:
 def attach(model: Any, folder: Path, base: Path, name: str | None = None) -> Any:
     """The model with the adapter of a folder, frozen, beside those it has already if it is given a `name` of its own.
 
-    Errors: ADAPT-01 (trained over other weights), MODEL-03 (unsafe file), TOKEN-06 (tokens without their rows).
+    Errors: ADAPT-01 (trained over other weights), MODEL-03 (unsafe file), MODEL-06 (a file is cut), TOKEN-06 (tokens
+    without their rows), ADAPT-05 (more tokens of its own than one that came before).
     """
     quiet()
     from peft import PeftModel
 
-    if not (folder / "adapter_model.safetensors").is_file():
+    if not (folder / WEIGHTS).is_file():
         raise MaeseError(
             "MODEL-03", base=str(folder), files=", ".join(p.name for p in sorted(folder.glob("*.bin"))) or "—"
         )
     check_base(folder, base)
-    _make_room(model, folder, base)
-    if not _fits(model, folder):  # an adapter of another architecture, without our notes
+    # The tokens that came with it, for which the model may have to grow: only once all the rest is known to fit.
+    read_json(folder, CONFIG)
+    tensors, tokenizer = header(folder, WEIGHTS), load_tokenizer(folder) if brings_words(folder) else None
+    if not _fits(model, tensors, len(tokenizer or ())):  # an adapter of another architecture, without our notes
         raise MaeseError("ADAPT-01", adapter=str(folder), expected="—", found=str(base))
+    if tokenizer is not None:
+        _make_room(model, tokenizer, tensors, folder, base)
     try:
         if name is None:
             return PeftModel.from_pretrained(model, str(folder)).eval()
@@ -100,27 +104,29 @@ def attach(model: Any, folder: Path, base: Path, name: str | None = None) -> Any
             model.set_adapter(model.active_adapter, inference_mode=True)
         else:
             model = PeftModel.from_pretrained(model, str(folder), name)
-        _narrow(model, folder, name)
+        _narrow(model, tensors, name)
         return model.requires_grad_(False).eval()
     except RuntimeError as problem:  # what else PEFT finds that does not fit
         raise MaeseError("ADAPT-01", adapter=str(folder), expected="—", found=str(base)) from problem
 
 
-def _fits(model: Any, folder: Path) -> bool:
-    """Whether every matrix of an adapter goes on one of this model: asked before PEFT begins to change it."""
-    from safetensors import safe_open
+def _fits(model: Any, tensors: dict[str, Any], tokens: int) -> bool:
+    """Whether every matrix of an adapter goes on one of this model: asked before PEFT begins to change it.
 
+    Its head may have a row for each of its own `tokens`.
+    """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    modules = dict(inner.named_modules())
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        for key in file.keys():  # noqa: SIM118  # it is no dict
-            name, mark, kind = key.removeprefix("base_model.model.").partition(".lora_")
-            shape = file.get_slice(key).get_shape()
-            if not mark or kind not in ("A.weight", "B.weight") or len(shape) != 2:
-                continue
-            taken, given = _widths(modules[name]) if name in modules else (0, 0)
-            if (shape[1] != taken) if kind == "A.weight" else (shape[0] != given):  # A is (R, I), B is (O, R)
-                return False
+    modules, head = dict(inner.named_modules()), inner.get_output_embeddings()
+    for key, (shape, _) in tensors.items():
+        name, mark, kind = key.removeprefix("base_model.model.").partition(".lora_")
+        if not mark or kind not in ("A.weight", "B.weight") or len(shape) != 2:
+            continue
+        module = modules.get(name)
+        taken, given = _widths(module) if module is not None else (0, 0)
+        if module is not None and module is head:
+            given = max(given, tokens)
+        if (shape[1] != taken) if kind == "A.weight" else (shape[0] != given):  # A is (R, I), B is (O, R)
+            return False
     return True
 
 
@@ -131,42 +137,34 @@ def _widths(module: Any) -> tuple[int, int]:
     return tuple(module.weight.shape) if hasattr(module, "nf") else (0, 0)
 
 
-def _narrow(model: Any, folder: Path, name: str) -> None:
+def _narrow(model: Any, tensors: dict[str, Any], name: str) -> None:
     """Put an adapter that PEFT widened to fp32 back into the bits of its file: no value changes."""
     import torch
-    from safetensors import safe_open
 
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        kinds = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118  # it is no dict
+    kinds = {bits for _, bits in tensors.values()}
     dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(kinds.pop()) if len(kinds) == 1 else None
     for path, parameter in model.named_parameters():
         if dtype and ".lora_" in path and f".{name}." in path:
             parameter.data = parameter.data.to(dtype)
 
 
-def _make_room(model: Any, folder: Path, base: Path) -> None:
+def _make_room(model: Any, tokenizer: Any, tensors: dict[str, Any], folder: Path, base: Path) -> None:
     """Let the model have rows for the tokens that came with an adapter, which must bring what they learnt."""
-    if not (folder / "tokenizer.json").is_file():
-        return
-    tokenizer = load_tokenizer(folder)
     new = added(tokenizer, load_tokenizer(base))
-    if missing := sorted(set(new) - _trained(folder)):
+    if missing := sorted(set(new) - _trained(folder, tensors)):
         tokens = ", ".join(tokenizer.convert_ids_to_tokens(missing[:4]))
         raise MaeseError("TOKEN-06", adapter=str(folder), tokens=tokens, n=len(missing))
+    if rows.token_layers(model) and len(tokenizer) > len(model.get_input_embeddings().weight):
+        raise MaeseError("ADAPT-05", adapter=str(folder), n=len(new))  # what PEFT has wrapped does not grow
     rows.make_room(model, tokenizer, new)
 
 
-def _trained(folder: Path) -> set[int]:
+def _trained(folder: Path, tensors: dict[str, Any]) -> set[int]:
     """The tokens whose rows an adapter holds, by PEFT's notes; all, where it holds an embedding whole."""
-    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-    listed = config.get("trainable_token_indices") or []
+    listed = read_json(folder, CONFIG).get("trainable_token_indices") or []
     if isinstance(listed, dict):
         listed = [token for ids in listed.values() for token in ids]
-    from safetensors import safe_open
-
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # it is no dict
-    whole = [shape[0] for name, shape in shapes.items() if re.search(r"(embed\w*|wte)\.weight$", name)]
+    whole = [shape[0] for name, (shape, _) in tensors.items() if re.search(r"(embed\w*|wte)\.weight$", name)]
     return {*listed, *range(max(whole, default=0))}
 
 
@@ -177,9 +175,28 @@ def check_base(folder: Path, base: Path) -> None:
 
 
 def about_adapter(folder: Path) -> dict[str, Any]:
-    path = folder / ABOUT
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return read_json(folder, ABOUT)
 
 
 def is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file()
+    return (folder / CONFIG).is_file()
+
+
+def brings_words(folder: Path) -> bool:
+    """Whether an adapter brings its tokenizer; those of the package use that of their base."""
+    return (folder / "tokenizer.json").is_file()
+
+
+def base_of(folder: Path, base: str | None = None) -> Path:
+    """The folder of the weights an adapter goes over: those given, those of our notes, or those of PEFT's.
+
+    Error: ADAPT-04 (they are no longer where they were, or nothing says where).
+    """
+    config = read_json(folder, CONFIG)
+    theirs, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if theirs and revision and not Path(theirs).exists():
+        theirs = f"{theirs}@{revision}"
+    named = str(base or about_adapter(folder).get("base") or theirs or "")
+    if not named or (Path(named).is_absolute() and not Path(named).exists()):
+        raise MaeseError("ADAPT-04", path=str(folder), base=named or "base_model_name_or_path")
+    return resolve(named)

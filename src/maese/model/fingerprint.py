@@ -12,17 +12,24 @@ import re
 from typing import Any
 
 
-def fingerprint(model: Any) -> str:
-    """SHA-256 of the active weights, names and shapes included; of the adapters, those that are switched on."""
+def fingerprint(model: Any, rows: int | None = None) -> str:
+    """SHA-256 of the active weights, names and shapes included; of the adapters, those that are switched on.
+
+    Of embedding and head only the first `rows`, if given: those after them are of the tokens of somebody else.
+    """
     import torch
 
     digest = hashlib.sha256()
+    both = (model.get_input_embeddings(), model.get_output_embeddings())
+    ends = {id(p) for end in both if end is not None for p in end.parameters()}
     speaking = _speaking(model)
     named = (
         (_own(re.sub(r"base_model\.model\.|\.base_layer|\.token_adapter", "", name), speaking), p)
         for name, p in model.named_parameters()
     )
     for name, parameter in sorted((pair for pair in named if pair[0]), key=lambda pair: pair[0]):
+        if id(parameter) in ends:
+            parameter = parameter[:rows]
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
         raw = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
         digest.update(memoryview(raw.numpy()))
@@ -53,10 +60,12 @@ def untouched(model: Any):
     """The base under the adapters, for as long as the block lasts."""
     if hasattr(model, "disable_adapter"):
         frozen = not any(p.requires_grad for p in model.parameters())
-        with model.disable_adapter():
-            yield model
-        if frozen:  # putting them back on, PEFT has them train
-            model.requires_grad_(False)
+        try:
+            with model.disable_adapter():
+                yield model
+        finally:
+            if frozen:  # putting them back on, PEFT has them train
+                model.requires_grad_(False)
     else:
         yield model
 

