@@ -46,6 +46,42 @@ def test_each_way_saves_what_it_says_and_the_batch_stays():
     assert "lora" not in {way.key for way in fit.ways(told, kept, "bf16", "cuda")}
 
 
+def test_the_targets_of_another_family_matter_only_where_there_is_an_adapter(maese):
+    code, out, talk = maese(
+        "--json", "plan", "--base", "microsoft/phi-2", "--method", "full", "method.targets=[c_attn]"
+    )
+    assert code == 0, talk
+    # LoRA and QLoRA of it cannot be: what is left is to train the whole, and the processor and the cards say so.
+    found = json.loads(out)
+    assert {way["key"] for way in found["ways"]} <= {"smaller", "checkpointing", "shorter", "eight_bits"}
+    assert all("method.kind" not in (place["with"] or {}) for place in found["machines"])
+    told = shape.open_shape("microsoft/phi-2")
+    asked = fit.changed(recipe_of(micro_batch=8), (("method.targets", ["c_attn"]),))
+    assert fit.fit(told, asked, "bf16", "cuda", 6e9) is None
+    assert "method.kind" not in dict(fit.least(told, asked, "bf16", "cuda").changes)
+
+
+def test_a_plan_that_cannot_be_told_stops_no_training(recipe, monkeypatch):
+    from maese.train import milestones
+    from maese.train.loop import train
+
+    def fails(*_, **__):
+        raise MaeseError("ADAPT-02", target="c_attn", present="q_proj", nearest="q_proj")
+
+    monkeypatch.setattr(milestones, "estimate", fails)
+    run = train(recipe("train.max_steps=1"))
+    assert "estimated_gib" not in next(event for event in run.events() if event["type"] == "plan")
+
+
+def test_fewer_rows_at_once_are_the_same_batch():
+    for rows, turns in ((7, 1), (6, 1), (5, 3), (8, 2)):
+        asked = recipe_of(micro_batch=rows, accumulation=turns)
+        for changes in fit._combined(asked):
+            train = fit.changed(asked, changes).train
+            assert train.micro_batch * train.accumulation == rows * turns
+        assert {fit.changed(asked, c).train.micro_batch for c in fit._combined(asked)} >= {1, rows}
+
+
 @pytest.mark.parametrize("room", [6e9, 8e9, 12e9, 16e9, 24e9, 80e9])
 @pytest.mark.parametrize("base", ["gpt2", "gpt2-xl", "microsoft/phi-2"])
 def test_what_is_chosen_fits_and_nothing_nearer_does(base, room):

@@ -257,8 +257,8 @@ def _attention(shape: Anatomy, job: Job) -> float:
         return 4 * 3 * across + 3 * 4 * shape.heads * job.longest
     if job.device == "cpu":
         return 4 * 4 * across + lines
-    out = 0 if any(matrix.reads == "attention" for matrix in targeted(shape, job.targets)) else across
-    return job.c * (across + 2 * shape.across_shared + (0 if job.kind == "full" else out)) + lines
+    out = job.kind != "full" and all(matrix.reads != "attention" for matrix in targeted(shape, job.targets))
+    return job.c * (across + 2 * shape.across_shared + (across if out else 0)) + lines
 
 
 def workspace(shape: Anatomy, job: Job) -> int:

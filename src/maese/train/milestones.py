@@ -56,15 +56,14 @@ def foretold(session: Session) -> dict[str, Any]:
     if session.together.world > 1:
         return {}
     here, (model, _) = session.machine, session.inner
-    try:
-        shape = anatomy(causal_of(model).config.to_dict())
-    except MaeseError:
-        return {}
     job = job_of(session.recipe, here.precision, here.device, session.data.train.lengths)
     # What this process already holds is better than the usual figure: a notebook has more in it than a command.
     held = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
     process = max(0, int((memory_used_gib("cpu") - held) * 2**30)) if here.device == "cpu" else None
-    told = facts(estimate(shape, job, process, file=0))
+    try:
+        told = facts(estimate(anatomy(causal_of(model).config.to_dict()), job, process, file=0))
+    except MaeseError:  # a family that is not counted, or what else the arithmetic cannot tell: it stops no training
+        return {}
     # To load has been done, and may have taken more than what comes.
     return {"estimated_gib": max(told["gib"], round(memory_peak_gib(here.device), 3)), "estimated": told["parts"]}
 
