@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,7 @@ def test_time_is_a_range_from_the_fastest_to_the_slowest_step():
     pace = cost.Pace(seconds=(1.0, 2.0), tokens=(100, 100), steps=10, whole=1000, looks=2, look=150, peak_gib=1.0)
     assert pace.speeds == (100.0, 50.0)
     assert cost.total(pace) == pytest.approx((11.0, 22.0))
+    assert cost.facts(cost.Disk(1, 1, 1, 1), pace)["time"]["seconds_step"] == [1.0, 2.0]
 
 
 def test_a_few_steps_are_measured_and_nothing_of_them_stays(recipe, here, tiny):
@@ -244,6 +246,7 @@ FAULTS = {
     "BATCH-01": ("--base", "gpt2", "--context", "4096"),
     "ADAPT-02": ("--base", "gpt2", "--method", "lora", "method.targets=[q_proj]"),
     "USE-13": ("--base", "gpt2", "--probe"),
+    "USE-14": ("pokemon", "--probe", "--fit", "6GB"),
     "USE-10": (),
     "USE-11": ("--base", "gpt2", "--fit", "6 potatoes"),
 }
@@ -255,10 +258,82 @@ def test_what_cannot_be_planned_says_why(maese, code):
     assert status in (1, 2) and out == "" and f"error[{code}]" in talk
 
 
+def repair(talk: str) -> list[str]:
+    """The words of the plan that an error says to try."""
+    return shlex.split(re.search(r"maese plan (.*)", talk)[1])
+
+
 def test_a_card_too_small_is_told_what_would_be_enough(maese):
-    _, _, talk = maese("plan", "--base", "gpt2-xl", "--fit", "1GB")
-    assert "qlora" in talk and "--fit 6GB" in talk
-    assert maese("plan", "--base", "gpt2-xl", "--fit", "6GB")[0] == 0  # as it says
+    _, _, talk = maese("plan", "--base", "gpt2-xl", "--context", "512", "--fit", "1GB")
+    assert "qlora" in talk and "una tarjeta de 6 GB" in talk
+    assert repair(talk) == ["--base", "gpt2-xl", "data.max_length=512"]
+    code, out, _ = maese("plan", *repair(talk))
+    assert code == 0 and "tarjeta de 6 GB" in out
+    assert maese("plan", *repair(talk), "--fit", "6GB")[0] == 0  # as it says
+    # Of a model made from nothing, the same one, and not another whose name is that of its folder.
+    _, _, talk = maese("plan", "minigpt", "size=mini", "--fit", "1MB")
+    assert repair(talk) == ["minigpt", "size=mini"] and "pretrain" in talk
+
+
+def test_where_no_card_is_enough_a_smaller_base_is_proposed(maese, tmp_path):
+    huge = {"model_type": "gpt2", "n_layer": 200, "n_embd": 16384, "n_head": 128, "vocab_size": 50257}
+    (tmp_path / "config.json").write_text(json.dumps(huge))
+    _, _, talk = maese("plan", "pokemon", f"base={tmp_path}", "train.epochs=1", "--fit", "24GB")
+    assert "error[MEM-05]" in talk and "—" not in talk
+    words = repair(talk)
+    assert words[0] == "pokemon" and "train.epochs=1" in words and f"base={tmp_path}" not in words
+    assert maese("plan", *words, "--fit", "24GB")[0] == 0
+    _, _, talk = maese("plan", "--base", tmp_path, "--fit", "24GB")
+    assert repair(talk)[0] == "--base" and maese("plan", *repair(talk), "--fit", "24GB")[0] == 0
+
+
+def test_what_comes_next_repeats_all_that_was_typed(maese):
+    words = ("plan", "pokemon", "base=gpt2-xl", "method.targets=[c_attn, c_proj]")
+    options = ("--method", "qlora", "--context", "128", "--batch", "4x4")
+    keys = (
+        "pokemon base=gpt2-xl 'method.targets=[c_attn, c_proj]' method.kind=qlora data.max_length=128"
+        " train.micro_batch=4 train.accumulation=4"
+    )
+    _, _, talk = maese(*words, *options)
+    assert f"maese plan {keys} --fit 6GB" in talk and f"maese plan {keys} --probe" in talk
+    _, _, talk = maese(*words, *options, "--fit", "80GB")
+    assert "pokemon sobre gpt2-xl cabe" in talk and f"maese train {keys}\n" in talk
+    # What gives way takes the place of what was typed.
+    _, out, talk = maese(*words, *options, "--fit", "2500MB")
+    assert "train.micro_batch=" in out and "train.micro_batch=4" not in talk and "base=gpt2-xl" in talk
+    # An option stands for its key, also in a recipe of several trainings.
+    _, _, talk = maese("plan", "pokemon", "--base", "gpt2-xl", "--fit", "80GB")
+    assert "maese train pokemon base=gpt2-xl\n" in talk
+    _, _, talk = maese("plan", "minigpt", "--base", "nano", "--context", "64")
+    assert "maese plan minigpt size=nano pretrain.data.max_length=64 instruct.data.max_length=64 --fit" in talk
+    assert "--probe" not in talk
+    _, _, talk = maese("plan", "minigpt", "size=nano", "--fit", "80GB")
+    assert "pretrain cabe" in talk and "maese train minigpt size=nano\n" in talk
+
+
+def test_what_knows_nothing_yet_gets_no_adapter(maese):
+    _, out, _ = maese("--json", "plan", "minigpt", "size=mini")
+    first, then = json.loads(out)
+    assert "lora" not in {way["key"] for way in first["ways"]} and "lora" in {way["key"] for way in then["ways"]}
+    _, out, _ = maese("--json", "plan", "--base", "mini")
+    assert not {"lora", "qlora"} & {way["key"] for way in json.loads(out)["ways"]}
+    status, _, talk = maese("plan", "minigpt", "size=mini", "--fit", "900MB")
+    assert status == 1 and "error[MEM-05]" in talk and "lora" not in talk
+
+
+def test_a_plan_says_fits_of_the_figure_it_shows(maese, monkeypatch):
+    from maese.plan.machine import Machine
+
+    asked = fit.changed(recipe_of(micro_batch=2), (("method.kind", "lora"),))
+    told = fit.told(shape.open_shape("gpt2-xl"), asked, "bf16", "cuda")
+    room = (told.training + told.needed) / 2 / 2**30  # the run would be there, and CUDA would not
+    card = Machine("cuda", "T", 2, room, "bf16")
+    monkeypatch.setattr("maese.terminal_plan.glance", lambda *_: card)
+    _, out, _ = maese("plan", "--base", "gpt2-xl", "--method", "lora", "--context", "256", "--batch", "2x4")
+    total = float(re.search(r"en total ([\d,]+) GiB de [\d,]+ ✗", out)[1].replace(",", "."))
+    assert total == pytest.approx(told.needed / 2**30, abs=0.01)
+    shown = [float(size.replace(",", ".")) for size in re.findall(r"([\d,]+) GiB  █", out)]
+    assert sum(shown) == pytest.approx(total, abs=0.05)
 
 
 def test_no_steps_are_measured_where_they_would_not_fit(maese, recipe, here):
@@ -271,6 +346,7 @@ def test_a_probe_gives_the_plan_its_time(maese, recipe, here):
     recipe()
     status, out, _ = maese("plan", "receta.yaml", "train.max_steps=3", "--probe")
     assert status == 0 and "entre" in out and "tokens/s" in out and "no medido" not in out
+    assert re.search(r"de [\d,]+ a [\d,]+ s cada uno", out)
     assert max(map(len, out.splitlines())) <= 80, max(out.splitlines(), key=len)
 
 

@@ -80,6 +80,7 @@ def facts(found: Disk, pace: Pace | None = None) -> dict[str, Any]:
         figures["time"] = {
             "shortest_s": round(shortest, 1), "longest_s": round(longest, 1), "steps": pace.steps,
             "measured_steps": len(pace.seconds), "tokens_s": [round(speed, 1) for speed in pace.speeds],
+            "seconds_step": [round(seconds, 4) for seconds in pace.seconds],
             "peak_gib": pace.peak_gib,
         }  # fmt: skip
     return figures

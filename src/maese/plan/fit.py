@@ -16,7 +16,7 @@ from typing import Any
 
 from maese.errors import MaeseError
 from maese.plan.memory import Estimate, estimate, job_of
-from maese.plan.shape import Anatomy, file_of
+from maese.plan.shape import KNOWN, Anatomy, file_of, open_shape, parameters
 from maese.recipe import Recipe
 
 # Makers count in powers of ten, and the screen takes some: to plan with less than is there does no harm.
@@ -78,6 +78,18 @@ def ways(shape: Anatomy, recipe: Recipe, precision: str, device: str, built: boo
         for key, changes in keys.items()
         if saved.get(changes, 0) > WORTH * now
     ]
+
+
+def smaller(shape: Anatomy, recipe: Recipe, precision: str, device: str, room: float) -> str:
+    """The largest model known by name, of those below this one, that some settings fit in `room` bytes; else the
+    smallest there is."""
+    known = {name: open_shape(name) for name in KNOWN}
+    below = sorted((parameters(one), name) for name, one in known.items() if parameters(one) < parameters(shape))
+    for _, name in reversed(below):
+        long_enough = known[name].context >= recipe.data.max_length
+        if long_enough and fit(known[name], recipe, precision, device, room):
+            return name
+    return "nano"
 
 
 def _tried(shape: Anatomy, recipe: Recipe, precision: str, device: str, every: Iterable[Changes]) -> Iterator[Fit]:
