@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +141,23 @@ def test_a_few_steps_are_measured_and_nothing_of_them_stays(recipe, here, tiny):
     assert pace.steps == 4 and len(pace.seconds) == len(pace.tokens) == 3 and min(pace.seconds) > 0
     assert pace.whole > 0 and pace.looks == 3 and pace.look > 0 and pace.peak_gib > 0
     assert weights_hash(tiny) == before and {path.name for path in here.iterdir()} == files
+
+
+def test_one_ctrl_c_ends_the_measuring_and_nothing_stays(recipe, here, monkeypatch, tmp_path_factory):
+    from maese.train import probe
+
+    taken, step, room = [], probe.take_step, tmp_path_factory.mktemp("temporary")
+
+    def asked_to_stop(*given):
+        taken.append(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(*given)
+
+    monkeypatch.setattr(probe, "take_step", asked_to_stop)
+    monkeypatch.setattr("tempfile.tempdir", str(room))
+    with pytest.raises(KeyboardInterrupt):
+        probe.probe(recipe("train.max_steps=4"))
+    assert len(taken) == 1 and not [*room.glob("maese-probe-*")]
 
 
 def test_the_machine_at_a_glance_is_the_one_torch_sees():
