@@ -379,13 +379,50 @@ def test_the_estimate_stands_before_a_training_and_beside_what_it_took(recipe, c
     plan = next(event for event in events if event["type"] == "plan")
     start = next(event for event in events if event["type"] == "start")
     assert plan["estimated_gib"] >= sum(plan["estimated"].values()) - 0.01
-    assert "GiB estimados de" in plan_box(plan, start) and "✓" in plan_box(plan, start)
-    assert "puede no caber" in plan_box(plan | {"memory_gib": 0.1}, start)
+    shown = plan_box(plan, start | {"base": "embedded"})
+    assert max(map(len, shown.splitlines()[:-1])) <= 80  # the last is a folder, whatever its length
+    assert "GiB estimados de" in shown and "✓" in shown
+    largest = sorted(plan["estimated"].values(), reverse=True)[:3]
+    assert [float(size.replace(",", ".")) for size in re.findall("·\u00a0[^\\d·]+([\\d,]+)", shown)] == pytest.approx(
+        largest, abs=0.006
+    )
+    assert plan["disk"]["most"] > plan["disk"]["final"] > 0 and re.search(r"disco +[\d,]+ GB como mucho", shown)
     assert "estimados" not in plan_box({k: v for k, v in plan.items() if "estimated" not in k}, start)
     figures = facts(Run(run.path))
     assert figures["estimated_gib"] == plan["estimated_gib"]
-    assert re.search(r"GiB \(estimados \d,\d\d\)", box(figures))
+    told, real = figures["estimated_gib"], figures["peak_gib"]
+    found = re.search(r"([\d,]+) GiB \(estimados ([\d,]+), ([+−])([\d,]+)\s%\)", box(figures))
+    value, estimate, sign, off = (part.replace(",", ".") for part in found.groups())
+    assert (float(value), float(estimate)) == pytest.approx((real, told), abs=0.006)
+    assert float(off) == pytest.approx(100 * abs(told / real - 1), abs=0.06) and (sign == "+") == (told >= real)
+    assert "estimados 3,00, −25,0" in box(figures | {"estimated_gib": 3.0, "peak_gib": 4.0})
     assert "estimados" not in box(figures | {"estimated_gib": None})
+
+
+def test_the_box_compares_what_must_be_free_with_what_may_be_taken():
+    from maese.live import plan_box
+    from maese.plan.machine import Machine
+
+    facts = {"rows": 9, "tokens": 900, "validation_rows": 1, "micro_batch": 1, "accumulation": 1, "max_length": 32}
+    facts |= {"steps": 6, "parameters": 9e6, "trainable": 9e4, "run": "r", "threads": 2, "memory_gib": 10.0}
+    facts |= {"device": "cuda", "precision": "bf16", "name": "T", "estimated_gib": 9.17, "estimated": {"weights": 9.17}}
+    facts |= {"disk": {"most": 3e9, "final": 1e9, "free": 5e9}}
+
+    def told(**more) -> str:
+        return plan_box({**facts, **more}, {"name": "x", "base": "embedded", "method": "full"}).replace("\u00a0", " ")
+
+    # The run alone would fit, and with what CUDA takes it does not.
+    tight = told(needed_gib=10.08, room_gib=10.0)
+    assert "10,1 GiB estimados de 10,0: puede no caber" in tight and "✓" not in tight
+    assert "CUDA y su margen 0,91" in tight
+    assert "9,6 GiB estimados de 10,0 ✓" in told(needed_gib=9.6, room_gib=10.0)
+    # A ceiling of the recipe counts as what there is.
+    assert "9,6 GiB estimados de 4,0: puede no caber" in told(needed_gib=9.6, room_gib=4.0)
+    machine = Machine("cuda", "T", 2, 10.0, "bf16")
+    rooms = [
+        machine.room_gib(recipe_of(**ceiling).train) for ceiling in ({"memory_gib": 4.0}, {"memory_gib": 40.0}, {})
+    ]
+    assert rooms == [4.0, 10.0, 10.0]
 
 
 def test_a_family_that_is_not_counted_trains_without_an_estimate(recipe, monkeypatch):

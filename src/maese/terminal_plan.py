@@ -139,7 +139,7 @@ def here_for(recipe: Recipe) -> Machine:
         here = glance(train)
     except MaeseError:
         here = glance(train.model_copy(update={"device": "auto"}))
-    return replace(here, memory_gib=min(here.memory_gib, train.memory_gib or here.memory_gib))
+    return replace(here, memory_gib=here.room_gib(train))
 
 
 def asked_of(recipe: Recipe) -> tuple[str, str]:

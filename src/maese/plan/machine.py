@@ -26,6 +26,10 @@ class Machine:
     def facts(self) -> dict[str, Any]:
         return asdict(self)
 
+    def room_gib(self, train: Train) -> float:
+        """What may be taken of its memory: a ceiling of the recipe counts as what there is."""
+        return min(self.memory_gib, train.memory_gib or self.memory_gib)
+
 
 def machine(train: Train | None = None) -> Machine:
     """What will be used, given what the recipe asks for. Error: DEVICE-01 when it asks for a card that is not there."""
