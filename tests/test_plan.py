@@ -124,6 +124,19 @@ def test_the_disk_is_what_a_run_writes(recipe):
     assert found.most == found.checkpoint * 2 + found.final
 
 
+@pytest.mark.parametrize("optimizer", ["paged", "paged32"])
+def test_a_checkpoint_of_the_paged_optimizer_is_as_large_from_a_card_as_from_a_processor(optimizer):
+    told, asked = (
+        shape.open_shape("microsoft/phi-2"),
+        fit.changed(recipe_of(optimizer=optimizer), (("method.kind", "lora"),)),
+    )
+    card, processor = (cost.disk(told, memory.job_of(asked, "bf16", device), asked) for device in ("cuda", "cpu"))
+    trained = shape.adapters(told, 16)
+    assert card == processor and card.checkpoint == pytest.approx(
+        trained * (12 if optimizer == "paged32" else 6), rel=0.01
+    )
+
+
 def test_time_is_a_range_from_the_fastest_to_the_slowest_step():
     pace = cost.Pace(seconds=(1.0, 2.0), tokens=(100, 100), steps=10, whole=1000, looks=2, look=150, peak_gib=1.0)
     assert pace.speeds == (100.0, 50.0)
@@ -173,19 +186,62 @@ def test_a_card_is_known_by_what_its_driver_says(monkeypatch, tmp_path):
     from maese.plan import machine
 
     program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho 'Tesla T4, 15360, 7.5'\n")
+    program.write_text("#!/bin/sh\necho '0, GPU-a1, Tesla T4, 15360, 14336, 7.5'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    machine._card.cache_clear()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    machine.cards.cache_clear()
     found = machine.glance()
     assert (found.device, found.name, found.memory_gib, found.precision) == ("cuda", "Tesla T4", 15.0, "fp16")
     program.write_text("#!/bin/sh\necho 'no devices were found'\nexit 6\n")
-    machine._card.cache_clear()
+    machine.cards.cache_clear()
     assert machine.glance().device == "cpu"
     with pytest.raises(MaeseError) as problem:
         machine.glance(recipe_of(device="cuda").train)
     assert problem.value.code == "DEVICE-01"
-    machine._card.cache_clear()
+    machine.cards.cache_clear()
+
+
+SEEN = {
+    None: "T4", "": None, "-1": None, "0": "T4", "1": "A100, 40 GB", "1,0": "A100, 40 GB", "7": None,
+    "GPU-b2c3d4": "A100, 40 GB", "GPU-b2": "A100, 40 GB", "GPU-zz": None, "-1,0": None, " 1": "A100, 40 GB",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("visible", SEEN)
+def test_the_card_is_the_one_that_torch_would_take(monkeypatch, tmp_path, visible):
+    from maese.plan import machine
+
+    program = tmp_path / "nvidia-smi"
+    rows = "0, GPU-a1, T4, 15360, 14336, 7.5\n1, GPU-b2c3d4, A100, 40 GB, 40960, 1024, 8.0"
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{rows}\nEND\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    machine.cards.cache_clear()
+    found = machine.glance()
+    assert (found.name if found.device == "cuda" else None) == SEEN[visible]
+    if found.device == "cuda":
+        assert machine.memory_free_gib("cuda") == (14.0 if found.name == "T4" else 1.0)
+    machine.cards.cache_clear()
+
+
+def test_what_others_hold_of_a_card_is_not_free(maese, monkeypatch, tmp_path, recipe):
+    from maese.plan import machine
+
+    recipe()
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho '0, GPU-a1, Tesla T4, 15360, 100, 7.5'\n")
+    program.chmod(0o755)
+    monkeypatch.undo()  # the card is asked what it has
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    machine.cards.cache_clear()
+    status, _, talk = maese("plan", tmp_path / "receta.yaml", "--probe")
+    assert status == 1 and "error[PLAN-03]" in talk and "hay 0,10" in talk
+    machine.cards.cache_clear()
 
 
 ASKED = """

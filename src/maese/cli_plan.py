@@ -151,14 +151,11 @@ def _checked(recipe: Recipe, shape: Anatomy) -> Recipe:
 
 def refuse_probe(shape: Anatomy, recipe: Recipe) -> None:
     """PLAN-03 where the run, and so a few steps of it, would not fit in what is free now."""
-    import psutil
-
     from maese.plan.fit import told
-    from maese.plan.machine import glance
+    from maese.plan.machine import glance, memory_free_gib
 
     here = glance(recipe.train)
     needed = told(shape, recipe, here.precision, here.device).needed / 2**30
-    free = here.memory_gib if here.device == "cuda" else psutil.virtual_memory().available / 2**30
-    free = min(free, recipe.train.memory_gib or free)
+    free = min(memory_free_gib(here.device), here.room_gib(recipe.train))
     if needed > free:
         raise MaeseError("PLAN-03", needed=needed, free=free)
