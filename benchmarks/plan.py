@@ -49,6 +49,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "small-full-fp32": ("small", {"data.max_length": 256, "train.micro_batch": 8, "train.precision": "fp32"}),
     "small-lora": ("small", {"data.max_length": 512, "train.micro_batch": 4, "method.kind": "lora"}),
+    "small-qlora": ("small", {"data.max_length": 512, "train.micro_batch": 4, "method.kind": "qlora"}),
     "small-conversations": (
         "small", {"data.max_length": 256, "train.micro_batch": 8, "method.kind": "lora", "conversations": True},
     ),
@@ -60,6 +61,13 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi-like-lora": (
         "phi-like",
         {"data.max_length": 512, "train.micro_batch": 2, "method.kind": "lora", "method.targets": ["q_proj", "dense"]},
+    ),
+    "phi-like-qlora-checkpointing": (
+        "phi-like",
+        {
+            "data.max_length": 512, "train.micro_batch": 2, "method.kind": "qlora",
+            "train.gradient_checkpointing": True, "train.optimizer": "paged32",
+        },
     ),
     "phi-like-full": ("phi-like", {"data.max_length": 512, "train.micro_batch": 2}),
     "base-full": ("base", {"data.max_length": 512, "train.micro_batch": 4, "train.accumulation": 2}),

@@ -450,7 +450,8 @@ def test_what_maese_chose_is_said_before_training():
     assert "multiplica en 16 bits (bf16) · sin relleno · un proceso" in here
     there = told(device="cuda", precision="fp16", processes=8, sharded=True, unpadded=False, compiled=True)
     assert "tarjeta gráfica AMD" in there and "relleno" not in there
-    assert "multiplica en 16 bits (fp16) · compilado · 8 procesos con el modelo en trozos (FSDP2)" in there
+    line = "multiplica en 16 bits (fp16) · compilado · 8 procesos con el modelo en trozos (FSDP2)"
+    assert line in " ".join(there.split()) and max(map(len, there.splitlines())) <= 80
     assert "32 bits (fp32) · 2 procesos" in told(device="cpu", precision="fp32", processes=2)
 
 

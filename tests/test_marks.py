@@ -336,7 +336,9 @@ def test_muon_does_not_turn_rows_of_words(bases):
     from maese.train.optim import groups
 
     model, _, _ = adapted(bases["phi"])
-    turned = {id(p) for group in groups(model, Train(), "muon") if group.get("orthogonal") for p in group["params"]}
+    turned = {
+        id(p) for group in groups(model, Train(optimizer="muon")) if group.get("orthogonal") for p in group["params"]
+    }
     names = {n for n, p in model.named_parameters() if id(p) in turned}
     assert names and all("lora_" in name and "lm_head" not in name for name in names)
 

@@ -13,6 +13,7 @@ from maese.recipe import Train
 from maese.train.optim import build, groups, optimizer, rate
 
 TRAIN = Train(lr=1e-2, weight_decay=0.1)
+MUON = TRAIN.model_copy(update={"optimizer": "muon"})
 
 
 def tiny_model(seed=0):
@@ -124,11 +125,11 @@ def test_turned_matrices_are_nearly_orthogonal_and_move_as_adamw_does():
 def test_muon_takes_the_matrices_of_the_body_and_adamw_the_rest():
     model = tiny_model()
     names = {id(p): name for name, p in model.named_parameters()}
-    found = [[names[id(p)] for p in group["params"]] for group in groups(model, TRAIN, "muon")]
+    found = [[names[id(p)] for p in group["params"]] for group in groups(model, MUON)]
     assert len(found[0]) == 8 and all(".h." in name and name.endswith("weight") for name in found[0])
     assert found[1] == ["transformer.wte.weight", "transformer.wpe.weight"]
     assert sum(map(len, found)) == len(names) and not any(name.endswith("e.weight") for name in found[2])
-    assert [group["weight_decay"] for group in groups(model, TRAIN, "muon")] == [0.1, 0.1, 0.0]
+    assert [group["weight_decay"] for group in groups(model, MUON)] == [0.1, 0.1, 0.0]
     # What does not train is in no group.
     model.transformer.wte.weight.requires_grad_(False)
     assert sum(len(group["params"]) for group in groups(model, TRAIN)) == len(names) - 1
@@ -138,7 +139,7 @@ def test_under_one_roof_adamws_part_is_adamws_also_after_a_state_was_loaded():
     import torch
 
     ours, theirs = tiny_model(), tiny_model()
-    mine, adamw = optimizer(ours, TRAIN, "muon"), optimizer(theirs, TRAIN)
+    mine, adamw = optimizer(ours, MUON), optimizer(theirs, TRAIN)
     for again in (False, True):
         if again:
             mine.load_state_dict(copy.deepcopy(mine.state_dict()))  # Accelerate does this to every optimizer
@@ -157,7 +158,7 @@ def test_under_one_roof_adamws_part_is_adamws_also_after_a_state_was_loaded():
 
 def test_muon_learns_what_it_is_shown():
     model, batch = tiny_model(), rows()
-    ours = optimizer(model, TRAIN, "muon")
+    ours = optimizer(model, MUON)
     losses = []
     for _ in range(12):
         losses.append(backward(model, batch))
@@ -170,7 +171,7 @@ def test_eight_bits_without_their_package_say_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     for kind in ("adamw8bit", "paged"):
         with pytest.raises(MaeseError) as problem:
-            optimizer(tiny_model(), TRAIN, kind)
+            optimizer(tiny_model(), TRAIN.model_copy(update={"optimizer": kind}))
         assert problem.value.code == "DEP-01" and problem.value.facts["extra"] == "qlora"
 
 
@@ -182,8 +183,8 @@ def test_eight_bits_are_asked_of_their_package_with_our_groups_and_rates(monkeyp
     monkeypatch.setitem(sys.modules, "bitsandbytes", package)
     made = groups(tiny_model(), TRAIN)
     settings = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8}
-    assert build(made, TRAIN, "adamw8bit") == ("AdamW8bit", made, settings)
-    assert build(made, TRAIN, "paged") == ("PagedAdamW8bit", made, settings)
+    for kind, name in (("adamw8bit", "AdamW8bit"), ("paged", "PagedAdamW8bit")):
+        assert build(made, TRAIN.model_copy(update={"optimizer": kind})) == (name, made, settings)
 
 
 def test_wsd_stays_and_comes_down_in_the_last_fifth():

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import resource
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +46,42 @@ def test_each_way_saves_what_it_says_and_the_batch_stays():
     # What is frozen has no large optimizer to be made small.
     kept = fit.changed(asked, (("method.kind", "lora"),))
     assert "lora" not in {way.key for way in fit.ways(told, kept, "bf16", "cuda")}
+
+
+def test_the_targets_of_another_family_matter_only_where_there_is_an_adapter(maese):
+    code, out, talk = maese(
+        "--json", "plan", "--base", "microsoft/phi-2", "--method", "full", "method.targets=[c_attn]"
+    )
+    assert code == 0, talk
+    # LoRA and QLoRA of it cannot be: what is left is to train the whole, and the processor and the cards say so.
+    found = json.loads(out)
+    assert {way["key"] for way in found["ways"]} <= {"smaller", "checkpointing", "shorter", "eight_bits"}
+    assert all("method.kind" not in (place["with"] or {}) for place in found["machines"])
+    told = shape.open_shape("microsoft/phi-2")
+    asked = fit.changed(recipe_of(micro_batch=8), (("method.targets", ["c_attn"]),))
+    assert fit.fit(told, asked, "bf16", "cuda", 6e9) is None
+    assert "method.kind" not in dict(fit.least(told, asked, "bf16", "cuda").changes)
+
+
+def test_a_plan_that_cannot_be_told_stops_no_training(recipe, monkeypatch):
+    from maese.train import milestones
+    from maese.train.loop import train
+
+    def fails(*_, **__):
+        raise MaeseError("ADAPT-02", target="c_attn", present="q_proj", nearest="q_proj")
+
+    monkeypatch.setattr(milestones, "estimate", fails)
+    run = train(recipe("train.max_steps=1"))
+    assert "estimated_gib" not in next(event for event in run.events() if event["type"] == "plan")
+
+
+def test_fewer_rows_at_once_are_the_same_batch():
+    for rows, turns in ((7, 1), (6, 1), (5, 3), (8, 2)):
+        asked = recipe_of(micro_batch=rows, accumulation=turns)
+        for changes in fit._combined(asked):
+            train = fit.changed(asked, changes).train
+            assert train.micro_batch * train.accumulation == rows * turns
+        assert {fit.changed(asked, c).train.micro_batch for c in fit._combined(asked)} >= {1, rows}
 
 
 @pytest.mark.parametrize("room", [6e9, 8e9, 12e9, 16e9, 24e9, 80e9])
@@ -86,10 +124,24 @@ def test_the_disk_is_what_a_run_writes(recipe):
     assert found.most == found.checkpoint * 2 + found.final
 
 
+@pytest.mark.parametrize("optimizer", ["paged", "paged32"])
+def test_a_checkpoint_of_the_paged_optimizer_is_as_large_from_a_card_as_from_a_processor(optimizer):
+    told, asked = (
+        shape.open_shape("microsoft/phi-2"),
+        fit.changed(recipe_of(optimizer=optimizer), (("method.kind", "lora"),)),
+    )
+    card, processor = (cost.disk(told, memory.job_of(asked, "bf16", device), asked) for device in ("cuda", "cpu"))
+    trained = shape.adapters(told, 16)
+    assert card == processor and card.checkpoint == pytest.approx(
+        trained * (12 if optimizer == "paged32" else 6), rel=0.01
+    )
+
+
 def test_time_is_a_range_from_the_fastest_to_the_slowest_step():
     pace = cost.Pace(seconds=(1.0, 2.0), tokens=(100, 100), steps=10, whole=1000, looks=2, look=150, peak_gib=1.0)
     assert pace.speeds == (100.0, 50.0)
     assert cost.total(pace) == pytest.approx((11.0, 22.0))
+    assert cost.facts(cost.Disk(1, 1, 1, 1), pace)["time"]["seconds_step"] == [1.0, 2.0]
 
 
 def test_a_few_steps_are_measured_and_nothing_of_them_stays(recipe, here, tiny):
@@ -102,6 +154,23 @@ def test_a_few_steps_are_measured_and_nothing_of_them_stays(recipe, here, tiny):
     assert pace.steps == 4 and len(pace.seconds) == len(pace.tokens) == 3 and min(pace.seconds) > 0
     assert pace.whole > 0 and pace.looks == 3 and pace.look > 0 and pace.peak_gib > 0
     assert weights_hash(tiny) == before and {path.name for path in here.iterdir()} == files
+
+
+def test_one_ctrl_c_ends_the_measuring_and_nothing_stays(recipe, here, monkeypatch, tmp_path_factory):
+    from maese.train import probe
+
+    taken, step, room = [], probe.take_step, tmp_path_factory.mktemp("temporary")
+
+    def asked_to_stop(*given):
+        taken.append(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(*given)
+
+    monkeypatch.setattr(probe, "take_step", asked_to_stop)
+    monkeypatch.setattr("tempfile.tempdir", str(room))
+    with pytest.raises(KeyboardInterrupt):
+        probe.probe(recipe("train.max_steps=4"))
+    assert len(taken) == 1 and not [*room.glob("maese-probe-*")]
 
 
 def test_the_machine_at_a_glance_is_the_one_torch_sees():
@@ -117,19 +186,62 @@ def test_a_card_is_known_by_what_its_driver_says(monkeypatch, tmp_path):
     from maese.plan import machine
 
     program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho 'Tesla T4, 15360, 7.5'\n")
+    program.write_text("#!/bin/sh\necho '0, GPU-a1, Tesla T4, 15360, 14336, 7.5'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    machine._card.cache_clear()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    machine.cards.cache_clear()
     found = machine.glance()
     assert (found.device, found.name, found.memory_gib, found.precision) == ("cuda", "Tesla T4", 15.0, "fp16")
     program.write_text("#!/bin/sh\necho 'no devices were found'\nexit 6\n")
-    machine._card.cache_clear()
+    machine.cards.cache_clear()
     assert machine.glance().device == "cpu"
     with pytest.raises(MaeseError) as problem:
         machine.glance(recipe_of(device="cuda").train)
     assert problem.value.code == "DEVICE-01"
-    machine._card.cache_clear()
+    machine.cards.cache_clear()
+
+
+SEEN = {
+    None: "T4", "": None, "-1": None, "0": "T4", "1": "A100, 40 GB", "1,0": "A100, 40 GB", "7": None,
+    "GPU-b2c3d4": "A100, 40 GB", "GPU-b2": "A100, 40 GB", "GPU-zz": None, "-1,0": None, " 1": "A100, 40 GB",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("visible", SEEN)
+def test_the_card_is_the_one_that_torch_would_take(monkeypatch, tmp_path, visible):
+    from maese.plan import machine
+
+    program = tmp_path / "nvidia-smi"
+    rows = "0, GPU-a1, T4, 15360, 14336, 7.5\n1, GPU-b2c3d4, A100, 40 GB, 40960, 1024, 8.0"
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{rows}\nEND\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    machine.cards.cache_clear()
+    found = machine.glance()
+    assert (found.name if found.device == "cuda" else None) == SEEN[visible]
+    if found.device == "cuda":
+        assert machine.memory_free_gib("cuda") == (14.0 if found.name == "T4" else 1.0)
+    machine.cards.cache_clear()
+
+
+def test_what_others_hold_of_a_card_is_not_free(maese, monkeypatch, tmp_path, recipe):
+    from maese.plan import machine
+
+    recipe()
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho '0, GPU-a1, Tesla T4, 15360, 100, 7.5'\n")
+    program.chmod(0o755)
+    monkeypatch.undo()  # the card is asked what it has
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    machine.cards.cache_clear()
+    status, _, talk = maese("plan", tmp_path / "receta.yaml", "--probe")
+    assert status == 1 and "error[PLAN-03]" in talk and "hay 0,10" in talk
+    machine.cards.cache_clear()
 
 
 ASKED = """
@@ -208,6 +320,7 @@ FAULTS = {
     "BATCH-01": ("--base", "gpt2", "--context", "4096"),
     "ADAPT-02": ("--base", "gpt2", "--method", "lora", "method.targets=[q_proj]"),
     "USE-13": ("--base", "gpt2", "--probe"),
+    "USE-14": ("pokemon", "--probe", "--fit", "6GB"),
     "USE-10": (),
     "USE-11": ("--base", "gpt2", "--fit", "6 potatoes"),
 }
@@ -219,10 +332,82 @@ def test_what_cannot_be_planned_says_why(maese, code):
     assert status in (1, 2) and out == "" and f"error[{code}]" in talk
 
 
+def repair(talk: str) -> list[str]:
+    """The words of the plan that an error says to try."""
+    return shlex.split(re.search(r"maese plan (.*)", talk)[1])
+
+
 def test_a_card_too_small_is_told_what_would_be_enough(maese):
-    _, _, talk = maese("plan", "--base", "gpt2-xl", "--fit", "1GB")
-    assert "qlora" in talk and "--fit 6GB" in talk
-    assert maese("plan", "--base", "gpt2-xl", "--fit", "6GB")[0] == 0  # as it says
+    _, _, talk = maese("plan", "--base", "gpt2-xl", "--context", "512", "--fit", "1GB")
+    assert "qlora" in talk and "una tarjeta de 6 GB" in talk
+    assert repair(talk) == ["--base", "gpt2-xl", "data.max_length=512"]
+    code, out, _ = maese("plan", *repair(talk))
+    assert code == 0 and "tarjeta de 6 GB" in out
+    assert maese("plan", *repair(talk), "--fit", "6GB")[0] == 0  # as it says
+    # Of a model made from nothing, the same one, and not another whose name is that of its folder.
+    _, _, talk = maese("plan", "minigpt", "size=mini", "--fit", "1MB")
+    assert repair(talk) == ["minigpt", "size=mini"] and "pretrain" in talk
+
+
+def test_where_no_card_is_enough_a_smaller_base_is_proposed(maese, tmp_path):
+    huge = {"model_type": "gpt2", "n_layer": 200, "n_embd": 16384, "n_head": 128, "vocab_size": 50257}
+    (tmp_path / "config.json").write_text(json.dumps(huge))
+    _, _, talk = maese("plan", "pokemon", f"base={tmp_path}", "train.epochs=1", "--fit", "24GB")
+    assert "error[MEM-05]" in talk and "—" not in talk
+    words = repair(talk)
+    assert words[0] == "pokemon" and "train.epochs=1" in words and f"base={tmp_path}" not in words
+    assert maese("plan", *words, "--fit", "24GB")[0] == 0
+    _, _, talk = maese("plan", "--base", tmp_path, "--fit", "24GB")
+    assert repair(talk)[0] == "--base" and maese("plan", *repair(talk), "--fit", "24GB")[0] == 0
+
+
+def test_what_comes_next_repeats_all_that_was_typed(maese):
+    words = ("plan", "pokemon", "base=gpt2-xl", "method.targets=[c_attn, c_proj]")
+    options = ("--method", "qlora", "--context", "128", "--batch", "4x4")
+    keys = (
+        "pokemon base=gpt2-xl 'method.targets=[c_attn, c_proj]' method.kind=qlora data.max_length=128"
+        " train.micro_batch=4 train.accumulation=4"
+    )
+    _, _, talk = maese(*words, *options)
+    assert f"maese plan {keys} --fit 6GB" in talk and f"maese plan {keys} --probe" in talk
+    _, _, talk = maese(*words, *options, "--fit", "80GB")
+    assert "pokemon sobre gpt2-xl cabe" in talk and f"maese train {keys}\n" in talk
+    # What gives way takes the place of what was typed.
+    _, out, talk = maese(*words, *options, "--fit", "2500MB")
+    assert "train.micro_batch=" in out and "train.micro_batch=4" not in talk and "base=gpt2-xl" in talk
+    # An option stands for its key, also in a recipe of several trainings.
+    _, _, talk = maese("plan", "pokemon", "--base", "gpt2-xl", "--fit", "80GB")
+    assert "maese train pokemon base=gpt2-xl\n" in talk
+    _, _, talk = maese("plan", "minigpt", "--base", "nano", "--context", "64")
+    assert "maese plan minigpt size=nano pretrain.data.max_length=64 instruct.data.max_length=64 --fit" in talk
+    assert "--probe" not in talk
+    _, _, talk = maese("plan", "minigpt", "size=nano", "--fit", "80GB")
+    assert "pretrain cabe" in talk and "maese train minigpt size=nano\n" in talk
+
+
+def test_what_knows_nothing_yet_gets_no_adapter(maese):
+    _, out, _ = maese("--json", "plan", "minigpt", "size=mini")
+    first, then = json.loads(out)
+    assert "lora" not in {way["key"] for way in first["ways"]} and "lora" in {way["key"] for way in then["ways"]}
+    _, out, _ = maese("--json", "plan", "--base", "mini")
+    assert not {"lora", "qlora"} & {way["key"] for way in json.loads(out)["ways"]}
+    status, _, talk = maese("plan", "minigpt", "size=mini", "--fit", "900MB")
+    assert status == 1 and "error[MEM-05]" in talk and "lora" not in talk
+
+
+def test_a_plan_says_fits_of_the_figure_it_shows(maese, monkeypatch):
+    from maese.plan.machine import Machine
+
+    asked = fit.changed(recipe_of(micro_batch=2), (("method.kind", "lora"),))
+    told = fit.told(shape.open_shape("gpt2-xl"), asked, "bf16", "cuda")
+    room = (told.training + told.needed) / 2 / 2**30  # the run would be there, and CUDA would not
+    card = Machine("cuda", "T", 2, room, "bf16")
+    monkeypatch.setattr("maese.terminal_plan.glance", lambda *_: card)
+    _, out, _ = maese("plan", "--base", "gpt2-xl", "--method", "lora", "--context", "256", "--batch", "2x4")
+    total = float(re.search(r"en total ([\d,]+) GiB de [\d,]+ ✗", out)[1].replace(",", "."))
+    assert total == pytest.approx(told.needed / 2**30, abs=0.01)
+    shown = [float(size.replace(",", ".")) for size in re.findall(r"([\d,]+) GiB  █", out)]
+    assert sum(shown) == pytest.approx(total, abs=0.05)
 
 
 def test_no_steps_are_measured_where_they_would_not_fit(maese, recipe, here):
@@ -235,6 +420,7 @@ def test_a_probe_gives_the_plan_its_time(maese, recipe, here):
     recipe()
     status, out, _ = maese("plan", "receta.yaml", "train.max_steps=3", "--probe")
     assert status == 0 and "entre" in out and "tokens/s" in out and "no medido" not in out
+    assert re.search(r"de [\d,]+ a [\d,]+ s cada uno", out)
     assert max(map(len, out.splitlines())) <= 80, max(out.splitlines(), key=len)
 
 
@@ -249,13 +435,50 @@ def test_the_estimate_stands_before_a_training_and_beside_what_it_took(recipe, c
     plan = next(event for event in events if event["type"] == "plan")
     start = next(event for event in events if event["type"] == "start")
     assert plan["estimated_gib"] >= sum(plan["estimated"].values()) - 0.01
-    assert "GiB estimados de" in plan_box(plan, start) and "✓" in plan_box(plan, start)
-    assert "puede no caber" in plan_box(plan | {"memory_gib": 0.1}, start)
+    shown = plan_box(plan, start | {"base": "embedded"})
+    assert max(map(len, shown.splitlines()[:-1])) <= 80  # the last is a folder, whatever its length
+    assert "GiB estimados de" in shown and "✓" in shown
+    largest = sorted(plan["estimated"].values(), reverse=True)[:3]
+    assert [float(size.replace(",", ".")) for size in re.findall("·\u00a0[^\\d·]+([\\d,]+)", shown)] == pytest.approx(
+        largest, abs=0.006
+    )
+    assert plan["disk"]["most"] > plan["disk"]["final"] > 0 and re.search(r"disco +[\d,]+ GB como mucho", shown)
     assert "estimados" not in plan_box({k: v for k, v in plan.items() if "estimated" not in k}, start)
     figures = facts(Run(run.path))
     assert figures["estimated_gib"] == plan["estimated_gib"]
-    assert re.search(r"GiB \(estimados \d,\d\d\)", box(figures))
+    told, real = figures["estimated_gib"], figures["peak_gib"]
+    found = re.search(r"([\d,]+) GiB \(estimados ([\d,]+), ([+−])([\d,]+)\s%\)", box(figures))
+    value, estimate, sign, off = (part.replace(",", ".") for part in found.groups())
+    assert (float(value), float(estimate)) == pytest.approx((real, told), abs=0.006)
+    assert float(off) == pytest.approx(100 * abs(told / real - 1), abs=0.06) and (sign == "+") == (told >= real)
+    assert "estimados 3,00, −25,0" in box(figures | {"estimated_gib": 3.0, "peak_gib": 4.0})
     assert "estimados" not in box(figures | {"estimated_gib": None})
+
+
+def test_the_box_compares_what_must_be_free_with_what_may_be_taken():
+    from maese.live import plan_box
+    from maese.plan.machine import Machine
+
+    facts = {"rows": 9, "tokens": 900, "validation_rows": 1, "micro_batch": 1, "accumulation": 1, "max_length": 32}
+    facts |= {"steps": 6, "parameters": 9e6, "trainable": 9e4, "run": "r", "threads": 2, "memory_gib": 10.0}
+    facts |= {"device": "cuda", "precision": "bf16", "name": "T", "estimated_gib": 9.17, "estimated": {"weights": 9.17}}
+    facts |= {"disk": {"most": 3e9, "final": 1e9, "free": 5e9}}
+
+    def told(**more) -> str:
+        return plan_box({**facts, **more}, {"name": "x", "base": "embedded", "method": "full"}).replace("\u00a0", " ")
+
+    # The run alone would fit, and with what CUDA takes it does not.
+    tight = told(needed_gib=10.08, room_gib=10.0)
+    assert "10,1 GiB estimados de 10,0: puede no caber" in tight and "✓" not in tight
+    assert "CUDA y su margen 0,91" in tight
+    assert "9,6 GiB estimados de 10,0 ✓" in told(needed_gib=9.6, room_gib=10.0)
+    # A ceiling of the recipe counts as what there is.
+    assert "9,6 GiB estimados de 4,0: puede no caber" in told(needed_gib=9.6, room_gib=4.0)
+    machine = Machine("cuda", "T", 2, 10.0, "bf16")
+    rooms = [
+        machine.room_gib(recipe_of(**ceiling).train) for ceiling in ({"memory_gib": 4.0}, {"memory_gib": 40.0}, {})
+    ]
+    assert rooms == [4.0, 10.0, 10.0]
 
 
 def test_a_family_that_is_not_counted_trains_without_an_estimate(recipe, monkeypatch):

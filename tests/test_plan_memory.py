@@ -159,14 +159,13 @@ def test_parameters_and_adapters_are_counted_exactly(family, tied, biased):
 
 
 def test_what_travels_and_the_sizes_are_counted_from_their_files(tmp_path):
-    from maese.plan.sizes import SIZES, parameters
+    from maese.plan.sizes import SIZES
     from maese.recipe import INSIDE
 
     assert shape.parameters(shape.open_shape("embedded")) > 1e6
     assert shape.open_shape("embedded") == shape.open_shape(str(INSIDE["embedded"]))
+    assert shape.parameters(shape.of_size(SIZES["mini"], "modern")) == 26_451_328
     for name, size in SIZES.items():
-        for kind in ("classic", "modern"):
-            assert shape.parameters(shape.of_size(size, kind)) == parameters(size, kind)
         assert shape.open_shape(name) == shape.of_size(size, "modern")
 
 
@@ -233,7 +232,7 @@ def test_what_the_optimizer_remembers_is_counted(kind):
         pytest.importorskip("bitsandbytes")
     config = row("gpt2", n_embd=192, vocab_size=640)
     model, told = build(config), shape.anatomy(config)
-    made = optimizer(model, Train(optimizer=kind), kind)
+    made = optimizer(model, Train(optimizer=kind))
     model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
     made.step()
     held = sum(v.nbytes for state in made.state.values() for v in state.values() if hasattr(v, "nbytes") and v.ndim)
@@ -270,7 +269,7 @@ def test_the_heaviest_pass_is_the_one_a_step_makes():
         tokens, passes = memory.heaviest(asked, device, lengths)
         assert tokens - 64 < most <= tokens and passes >= 1
         # Without the rows at hand, they are all as long as they may be.
-        assert memory.heaviest(asked, device)[0] >= tokens or device == "cpu"
+        assert memory.heaviest(asked, device)[0] >= tokens
 
 
 def test_the_worst_moment_and_what_makes_it_larger():

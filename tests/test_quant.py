@@ -366,7 +366,7 @@ def test_the_optimizers_of_the_package_step(kind):
     quiet()  # on a processor there is nowhere to page to, and it warns of it
     weight = torch.nn.Parameter(torch.ones(64, 80))
     weight.grad = torch.ones_like(weight)
-    made = build([{"params": [weight], "weight_decay": 0.0}], Train(lr=1e-2), kind)
+    made = build([{"params": [weight], "weight_decay": 0.0}], Train(lr=1e-2, optimizer=kind))
     made.step()
     assert torch.allclose(weight, torch.full_like(weight, 0.99), atol=1e-4)
     wanted = torch.float32 if kind == "paged32" else torch.uint8

@@ -14,7 +14,8 @@ from maese import pipeline as panel
 from maese.cli import STAGES as ASKED
 from maese.cli import run as command_line
 from maese.model.build import begin, build
-from maese.plan.sizes import SIZES, parameters
+from maese.plan.shape import of_size, parameters
+from maese.plan.sizes import SIZES
 from maese.recipe import Data
 from maese.run import Run
 
@@ -68,13 +69,13 @@ def test_parameters_by_arithmetic_are_those_of_the_model(size, architecture, tin
     shape = SIZES[size]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config(shape, architecture, load_tokenizer(tiny)))
-    assert sum(p.numel() for p in model.parameters()) == parameters(shape, architecture)
+    assert sum(p.numel() for p in model.parameters()) == parameters(of_size(shape, architecture))
 
 
 def test_the_sizes_are_those_promised():
-    assert 109e6 < parameters(SIZES["base"], "classic") < 111e6
-    assert 109e6 < parameters(SIZES["base"], "modern") < 111e6
-    assert all(25e6 < parameters(SIZES["mini"], kind) < 30e6 for kind in ("classic", "modern"))
+    assert 109e6 < parameters(of_size(SIZES["base"], "classic")) < 111e6
+    assert 109e6 < parameters(of_size(SIZES["base"], "modern")) < 111e6
+    assert all(25e6 < parameters(of_size(SIZES["mini"], kind)) < 30e6 for kind in ("classic", "modern"))
 
 
 @pytest.mark.parametrize("architecture", ["classic", "modern"])

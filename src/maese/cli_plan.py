@@ -6,6 +6,7 @@ maese plan --base microsoft/phi-2 --method lora --context 2048 --batch 1x16 --fi
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from maese.spoken import Command
 if TYPE_CHECKING:
     from maese.plan.shape import Anatomy
     from maese.recipe import Recipe
+    from maese.terminal_plan import Asked, Planned
 
 METHODS = ("full", "lora", "qlora")
 UNITS = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "g": 1e9, "tb": 1e12, "mib": 2.0**20, "gib": 2.0**30, "tib": 2.0**40}
@@ -61,87 +63,99 @@ def plan(ctx: click.Context, words: tuple[str, ...], room: float | None, probe: 
     from maese import terminal_plan
 
     named = bool(words) and ("=" not in words[0] or Path(words[0]).is_file())
-    name, changes = (words[0], words[1:]) if named else (None, words)
-    if name is None and options["base"] is None:
+    if not named and options["base"] is None:
         raise click.MissingParameter(ctx=ctx, param=ctx.command.params[0])
-    planned = _planned(name, changes, options)
-    if probe and (name is None or len(planned) > 1):
+    asked = _asked(words[0], words[1:], options) if named else _asked(None, words, options)
+    if probe and room is not None:
+        raise UsageError("USE-14", words=asked.words(), room=terminal_plan.typed_size(room))
+    planned = _planned(asked)
+    if probe and (asked.name is None or len(planned) > 1):
         raise UsageError("USE-13")
     if room is not None:
-        terminal_plan.show_fit(planned, room, name, **ctx.obj)
+        terminal_plan.show_fit(planned, room, asked, **ctx.obj)
         return
     pace = None
     if probe:
-        _, recipe, shape = planned[0]
-        refuse_probe(shape, recipe)
+        refuse_probe(planned[0].shape, planned[0].recipe)
         from maese.train.probe import probe as measure
 
         terminal_plan.say_probing(**ctx.obj)
-        pace = measure(recipe)
-    terminal_plan.show(planned, pace, name, **ctx.obj)
+        pace = measure(planned[0].recipe)
+    terminal_plan.show(planned, pace, asked, **ctx.obj)
 
 
-def _planned(name: str | None, changes: tuple[str, ...], options: dict[str, Any]) -> list[tuple[str, Recipe, Anatomy]]:
-    """Every training there is: its name, its recipe with what was asked for on top, and what its model is made of."""
+def _asked(name: str | None, changes: tuple[str, ...], options: dict[str, Any]) -> Asked:
+    """What was typed, with the options as the keys they stand for, which count over those typed as keys."""
     from maese import pipeline
     from maese import recipe as recipes
-    from maese.plan.shape import of_size, open_shape
+    from maese.terminal_plan import Asked
 
+    tree = recipes.tree_of(recipes.find(name)) if name is not None else {}
+    staged = [each for each in pipeline.TRAININGS if each in tree]
+    keys = []
+    if name is not None and (base := options["base"]):
+        # A model made from nothing has a size for its base. A folder's name may look like YAML.
+        plain = recipes.change(f"base={base}")[1] == base
+        keys.append(f"{'size' if staged else 'base'}={base if plain else json.dumps(base, ensure_ascii=False)}")
+    if options["method"]:
+        keys.append(f"method.kind={options['method']}")
+    if options["context"]:
+        keys += [f"{each}data.max_length={options['context']}" for each in [f"{one}." for one in staged] or [""]]
+    if options["batch"]:
+        rows, turns = options["batch"]
+        keys += [f"train.micro_batch={rows}", f"train.accumulation={turns}"]
+    return Asked(name, options["base"] if name is None else None, (*changes, *keys), bool(staged))
+
+
+def _planned(asked: Asked) -> list[Planned]:
+    """Every training there is. Errors: those of recipes and of shapes, BATCH-01 (rows too long), ADAPT-02 (targets)."""
+    from maese import pipeline
+    from maese import recipe as recipes
+    from maese.plan.shape import built, of_size, open_shape
+    from maese.terminal_plan import Planned
+
+    name, changes = asked.name, asked.changes
     if name is not None and pipeline.is_pipeline(recipes.find(name)):
         from maese.stages import shape_of
 
         whole = pipeline.load(name, changes)
-        size = of_size(shape_of(whole), whole.architecture, whole.dropout)
-        shape = open_shape(options["base"]) if options["base"] else size
-        return [(training, _asked(getattr(whole, training), options, shape), shape) for training in whole.trainings]
-    tree: dict[str, Any] = {"name": "plan", "data": {"sources": [{"path": "-"}]}}
+        shape = of_size(shape_of(whole), whole.architecture, whole.dropout)
+        first, *_ = whole.trainings  # the others go on from what it learnt
+        return [Planned(each, _checked(getattr(whole, each), shape), shape, each == first) for each in whole.trainings]
     if name is not None:
-        tree = recipes.tree_of(recipes.find(name))
-    for each in changes:
-        recipes.put(tree, *recipes.change(each))
-    recipe = recipes.check(tree)
-    shape = open_shape(options["base"] or recipe.base)
-    if name is None and not any(each.startswith("data.max_length=") for each in changes):
-        # Nobody said how long: as long as a row is by default, where the model takes that.
-        shorter = recipe.data.model_copy(update={"max_length": min(recipe.data.max_length, shape.context)})
-        recipe = recipe.model_copy(update={"data": shorter})
-    recipe = _asked(recipe, options, shape)
-    return [(recipe.name if name else options["base"], recipe, shape)]
+        recipe = recipes.load(name, changes)
+        shape = open_shape(recipe.base)
+    else:
+        tree: dict[str, Any] = {"name": "plan", "data": {"sources": [{"path": "-"}]}}
+        for each in changes:
+            recipes.put(tree, *recipes.change(each))
+        recipe = recipes.check(tree | {"base": asked.base})
+        shape = open_shape(recipe.base)
+        if not any(each.startswith("data.max_length=") for each in changes):
+            # Nobody said how long: as long as a row is by default, where the model takes that.
+            shorter = recipe.data.model_copy(update={"max_length": min(recipe.data.max_length, shape.context)})
+            recipe = recipe.model_copy(update={"data": shorter})
+    return [Planned(recipe.name if name else recipe.base, _checked(recipe, shape), shape, built(recipe.base))]
 
 
-def _asked(recipe: Recipe, options: dict[str, Any], shape: Anatomy) -> Recipe:
-    """The recipe with what the options say. Errors: BATCH-01 (rows longer than the model takes), ADAPT-02 (targets)."""
-    from maese.plan.fit import changed
+def _checked(recipe: Recipe, shape: Anatomy) -> Recipe:
+    """The recipe, if the model can take it. Errors: BATCH-01 (rows longer than the model takes), ADAPT-02 (targets)."""
     from maese.plan.shape import targeted
 
-    changes: list[tuple[str, Any]] = []
-    if options["method"]:
-        changes.append(("method.kind", options["method"]))
-    if options["context"]:
-        changes.append(("data.max_length", options["context"]))
-    if options["batch"]:
-        rows, turns = options["batch"]
-        changes += [("train.micro_batch", rows), ("train.accumulation", turns)]
-    recipe = changed(recipe, tuple(changes))
-    if options["base"]:
-        recipe = recipe.model_copy(update={"base": options["base"]})
     if recipe.data.max_length > shape.context:
         raise MaeseError("BATCH-01", found=recipe.data.max_length, longest=shape.context)
-    if recipe.method.kind != "full":
+    if recipe.method.adapts:
         targeted(shape, recipe.method.targets)
     return recipe
 
 
 def refuse_probe(shape: Anatomy, recipe: Recipe) -> None:
     """PLAN-03 where the run, and so a few steps of it, would not fit in what is free now."""
-    import psutil
-
     from maese.plan.fit import told
-    from maese.plan.machine import glance
+    from maese.plan.machine import glance, memory_free_gib
 
     here = glance(recipe.train)
     needed = told(shape, recipe, here.precision, here.device).needed / 2**30
-    free = here.memory_gib if here.device == "cuda" else psutil.virtual_memory().available / 2**30
-    free = min(free, recipe.train.memory_gib or free)
+    free = min(memory_free_gib(here.device), here.room_gib(recipe.train))
     if needed > free:
         raise MaeseError("PLAN-03", needed=needed, free=free)

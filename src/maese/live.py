@@ -12,6 +12,7 @@ import contextlib
 import json
 import sys
 import time
+from textwrap import wrap
 from types import TracebackType
 from typing import Any
 
@@ -22,6 +23,8 @@ BARS = "▁▂▃▄▅▆▇█"
 # Colab and log files keep every line, so a plain run speaks seldom.
 PLAIN_SECONDS = 10.0
 REFRESH = 4
+BOX, PARTS = 80, 3  # columns of the plan, and how many parts of the memory it tells
+WHOLE = "\u00a0"  # a space at which no line ends
 
 
 def ema(values: list[float], span: int = 20) -> float | None:
@@ -138,20 +141,34 @@ def plan_box(event: Event, start: Event) -> str:
                 memory=number(event["memory_gib"], 1)),
         ),
         ("how", _how(event)),
-        *([("memory", _memory(event))] if event.get("estimated_gib") else []),
+        *([("memory", _memory(event)), ("disk", _disk(event["disk"]))] if event.get("estimated_gib") else []),
         ("folder", event["run"]),
     ]  # fmt: skip
-    labels = [say(f"live.plan.label.{key}") for key, _ in rows]
-    width = max(map(len, labels))
-    lines = [f"  {label:<{width}}  {text}" for label, (_, text) in zip(labels, rows, strict=True)]
-    return "\n".join([say("live.plan.title", name=start["name"]), *lines])
+    labels = {key: say(f"live.plan.label.{key}") for key, _ in rows}
+    width = max(map(len, labels.values()))
+    lines = [say("live.plan.title", name=start["name"])]
+    for key, text in rows:
+        # A folder stays whole, to be copied.
+        parts = [text] if key in ("base", "folder") else wrap(text, BOX - width - 4, break_on_hyphens=False)
+        lines += [f"  {labels[key] if i == 0 else '':<{width}}  {part}" for i, part in enumerate(parts)]
+    return "\n".join(lines)
 
 
 def _memory(event: Event) -> str:
-    """What the run should take at its worst, and whether that is there."""
-    fits = "fits" if event["estimated_gib"] <= event["memory_gib"] else "tight"
-    figures = {"estimated": number(event["estimated_gib"], 1), "total": number(event["memory_gib"], 1)}
-    return say(f"live.plan.memory.{fits}", **figures)
+    """What must be free for the worst of the run, whether that is there, and its largest parts in GiB."""
+    parts = dict(event["estimated"])
+    if event["device"] == "cuda":
+        parts["card"] = event["needed_gib"] - sum(parts.values())
+    fits = "fits" if event["needed_gib"] <= event["room_gib"] else "tight"
+    figures = {"needed": number(event["needed_gib"], 1), "total": number(event["room_gib"], 1)}
+    largest = sorted(parts, key=lambda part: -parts[part])[:PARTS]
+    told = [f"· {say(f'plan.part.{part}')} {number(parts[part], 2)}".replace(" ", WHOLE) for part in largest]
+    return " ".join([say(f"live.plan.memory.{fits}", **figures), *told])
+
+
+def _disk(space: dict[str, int]) -> str:
+    """What its folder takes at most and in the end. A disk is counted in powers of ten, as its maker does."""
+    return say("live.plan.disk", **{key: number(space[key] / 1e9, 2) for key in ("most", "free", "final")})
 
 
 def _how(event: Event) -> str:

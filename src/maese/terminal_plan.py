@@ -6,63 +6,100 @@ In go recipes with the anatomy of their models (`plan.shape`); out comes text of
 from __future__ import annotations
 
 import json as jsons
+import shlex
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from maese.errors import MaeseError
 from maese.plan import cost, memory
 from maese.plan.cost import Pace
-from maese.plan.fit import CARDS, Changes, Fit, fit, least, told, typed, ways
+from maese.plan.fit import CARDS, Changes, Fit, fit, least, smaller, told, typed, ways
 from maese.plan.machine import Machine, glance
 from maese.plan.shape import Anatomy, parameters
 from maese.recipe import Recipe
 from maese.say import duration, number, percent, quantity, say
 from maese.terminal import talk
 
-Planned = tuple[str, Recipe, Anatomy]
 BAR = 22  # cells of the longest bar
 GIB = 2**30
 LEAST = GIB // 100  # what is smaller is only said to be so
 
 
-def show(planned: list[Planned], pace: Pace | None, name: str | None, json: bool = False, quiet: int = 0) -> None:
+@dataclass(frozen=True)
+class Asked:
+    """What was typed: a recipe, or the base of none, and every change as a key of recipes, the options among them."""
+
+    name: str | None
+    base: str | None
+    changes: tuple[str, ...]
+    staged: bool = False  # a recipe of several trainings, whose bases follow from its size
+
+    def words(self, *more: str) -> str:
+        """All of it as it is typed in a shell, with more keys, each in the place of its own if it has one."""
+        last = {word.partition("=")[0]: word for word in (*self.changes, *more)}
+        return shlex.join([*([self.name] if self.name else ["--base", self.base or ""]), *last.values()])
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A training: its name, its recipe with what was asked for, what its model is made of, and whether that is `built`
+    and knows nothing yet."""
+
+    title: str
+    recipe: Recipe
+    shape: Anatomy
+    built: bool = False
+
+
+def show(planned: list[Planned], pace: Pace | None, asked: Asked, json: bool = False, quiet: int = 0) -> None:
     """The whole plan of each training."""
     if json:
-        every = [facts(each, pace) for each in planned]
-        sys.stdout.write(jsons.dumps(every[0] if len(every) == 1 else every, ensure_ascii=False, indent=1) + "\n")
+        _write_json([facts(each, pace) for each in planned])
         return
     lines: list[str] = []
-    for title, recipe, shape in planned:
-        here = here_for(recipe)
-        lines += [*_head(title, recipe, shape, here), "", *_parts(recipe, shape, here), "", *_rest(recipe, shape, pace)]
-        lines += ["", *_machines(recipe, shape, here), *_ways(recipe, shape, here), ""]
+    for each in planned:
+        here = here_for(each.recipe)
+        lines += [*_head(each, here), "", *_parts(each, here), "", *_rest(each, here, pace)]
+        lines += ["", *_machines(each, here), *_ways(each, here), ""]
     sys.stdout.write("\n".join(lines).rstrip() + "\n")
-    if name is not None:
-        talk("\n" + say("plan.next" if len(planned) == 1 else "plan.next_stages", name=name), quiet=quiet)
+    talk("\n" + say("plan.next", words=asked.words()), quiet=quiet)
+    if asked.name is not None and len(planned) == 1 and pace is None:
+        talk(say("plan.next_probe", words=asked.words()), quiet=quiet)
 
 
-def show_fit(planned: list[Planned], room: float, name: str | None, json: bool = False, quiet: int = 0) -> None:
+def show_fit(planned: list[Planned], room: float, asked: Asked, json: bool = False, quiet: int = 0) -> None:
     """The keys with which each training fits in so many bytes. Error: MEM-05 (none of all settings does)."""
-    found = [(title, recipe, fitted(recipe, shape, room)) for title, recipe, shape in planned]
+    found = [(each, fitted(each, room, asked)) for each in planned]
     if json:
-        every = [
-            {"name": title, "room_gib": round(room / GIB, 3), "changes": dict(one.changes), **memory.facts(one.told)}
-            for title, _, one in found
-        ]
-        sys.stdout.write(jsons.dumps(every[0] if len(every) == 1 else every, ensure_ascii=False, indent=1) + "\n")
+        _write_json([
+            {"name": each.title, "room_gib": round(room / GIB, 3), "changes": dict(one.changes),
+             **memory.facts(one.told)} for each, one in found
+        ])  # fmt: skip
         return
-    for title, recipe, one in found:
-        asked = {"name": title, "room": _gib(room), "needed": _gib(one.told.needed)}
-        talk(say("plan.fits_as_it_is" if not one.changes else "plan.fits_with", **asked), quiet=quiet)
+    keys: list[str] = []
+    for each, one in found:
+        figures = {"name": _named(each, asked), "room": _gib(room), "needed": _gib(one.told.needed)}
+        talk(say("plan.fits_as_it_is" if not one.changes else "plan.fits_with", **figures), quiet=quiet)
         if one.changes:
-            words = _prefixed(one.changes, title, len(found) > 1)
-            sys.stdout.write(words + "\n")
-            for key in _prices(recipe, one.changes):
+            keys += (own := _prefixed(one.changes, each.title, len(found) > 1))
+            sys.stdout.write(" ".join(own) + "\n")
+            for key in _prices(one.changes):
                 talk(f"  {say(f'plan.way.{key}')}: {say(f'plan.price.{key}')}", quiet=quiet)
-            if name is not None and len(found) == 1:
-                talk(say("plan.then", name=name, changes=words), quiet=quiet)
+    if asked.name is not None:
+        talk(say("plan.then", words=asked.words(*keys)), quiet=quiet)
     sys.stdout.flush()
+
+
+def _write_json(every: list[dict[str, Any]]) -> None:
+    sys.stdout.write(jsons.dumps(every[0] if len(every) == 1 else every, ensure_ascii=False, indent=1) + "\n")
+
+
+def _named(each: Planned, asked: Asked) -> str:
+    """What a training is called, with its base where that is not the recipe's."""
+    if asked.name is None or not any(change.startswith("base=") for change in asked.changes):
+        return each.title
+    return say("plan.named", name=each.title, base=each.recipe.base)
 
 
 def say_probing(json: bool = False, quiet: int = 0) -> None:
@@ -70,18 +107,28 @@ def say_probing(json: bool = False, quiet: int = 0) -> None:
     talk(say("plan.probing"), json, quiet)
 
 
-def fitted(recipe: Recipe, shape: Anatomy, room: float) -> Fit:
+def fitted(each: Planned, room: float, asked: Asked) -> Fit:
     """The settings that fit: on a card, unless the recipe asks for the processor. Error: MEM-05."""
+    recipe, shape = each.recipe, each.shape
     device, precision = asked_of(recipe)
-    if found := fit(shape, recipe, precision, device, room):
+    if found := fit(shape, recipe, precision, device, room, each.built):
         return found
-    smallest = least(shape, recipe, precision, device)
+    smallest = least(shape, recipe, precision, device, each.built)
     enough = [name for name, size in CARDS.items() if size >= smallest.told.needed]
+    again = asked.words()
+    if not enough and not asked.staged:
+        other = smaller(shape, recipe, precision, device, room)
+        again = asked.words(f"base={other}") if asked.name else replace(asked, base=other).words()
     raise MaeseError(
-        "MEM-05", room=room / GIB, base=recipe.base, needed=smallest.told.needed / GIB,
-        changes=typed(smallest.changes) or say("plan.nothing"), length=dict(smallest.changes).get(
-            "data.max_length", recipe.data.max_length), card=(enough or ["—"])[0].replace(" ", ""),
+        "MEM-05", room=room / GIB, name=_named(each, asked), needed=smallest.told.needed / GIB, words=again,
+        changes=typed(smallest.changes) or say("plan.nothing"),
+        card=say("plan.enough", card=enough[0]) if enough else "",
     )  # fmt: skip
+
+
+def typed_size(size: float) -> str:
+    """Bytes as `--fit` takes them: `typed_size(6e9)` is «6GB»."""
+    return f"{size / 1e9:g}GB"
 
 
 def here_for(recipe: Recipe) -> Machine:
@@ -92,7 +139,7 @@ def here_for(recipe: Recipe) -> Machine:
         here = glance(train)
     except MaeseError:
         here = glance(train.model_copy(update={"device": "auto"}))
-    return replace(here, memory_gib=min(here.memory_gib, train.memory_gib or here.memory_gib))
+    return replace(here, memory_gib=here.room_gib(train))
 
 
 def asked_of(recipe: Recipe) -> tuple[str, str]:
@@ -111,29 +158,31 @@ def machines(recipe: Recipe, here: Machine) -> list[tuple[str, str, str, float]]
     return known + [(say("plan.card", size=name), "cuda", precision, float(room)) for name, room in CARDS.items()]
 
 
-def facts(planned: Planned, pace: Pace | None = None) -> dict[str, Any]:
+def facts(each: Planned, pace: Pace | None = None) -> dict[str, Any]:
     """A plan as JSON: sizes in GiB, disk in bytes, time in seconds."""
-    title, recipe, shape = planned
+    recipe, shape = each.recipe, each.shape
     here = here_for(recipe)
     job = memory.job_of(recipe, here.precision, here.device)
     places = []
     for name, device, precision, room in machines(recipe, here):
-        needed, found = told(shape, recipe, precision, device).needed, fit(shape, recipe, precision, device, room)
+        needed = told(shape, recipe, precision, device).needed
+        found = fit(shape, recipe, precision, device, room, each.built)
         places.append({
             "name": name, "device": device, "room_gib": round(room / GIB, 3), "needed_gib": round(needed / GIB, 3),
             "fits": needed <= room, "with": dict(found.changes) if found else None,
         })  # fmt: skip
     return {
-        "name": title, "base": recipe.base, "family": shape.family, "method": recipe.method.kind,
+        "name": each.title, "base": recipe.base, "family": shape.family, "method": recipe.method.kind,
         "parameters": parameters(shape), "trained": memory.trained_of(shape, job), "machine": here.facts(),
         "memory": memory.facts(told(shape, recipe, here.precision, here.device)), "machines": places,
         "ways": [{"key": way.key, "changes": dict(way.changes), "saved_gib": round(way.saved / GIB, 3)}
-                 for way in ways(shape, recipe, here.precision, here.device)],
+                 for way in ways(shape, recipe, here.precision, here.device, each.built)],
         **cost.facts(cost.disk(shape, job, recipe, pace.steps if pace else None), pace),
     }  # fmt: skip
 
 
-def _head(title: str, recipe: Recipe, shape: Anatomy, here: Machine) -> list[str]:
+def _head(each: Planned, here: Machine) -> list[str]:
+    recipe, shape = each.recipe, each.shape
     every, job = parameters(shape), memory.job_of(recipe, here.precision, here.device)
     trained, train = memory.trained_of(shape, job), recipe.train
     said = {"layers": shape.layers, "width": shape.width, "all": quantity(every), "family": shape.family}
@@ -141,7 +190,7 @@ def _head(title: str, recipe: Recipe, shape: Anatomy, here: Machine) -> list[str
     asked = {"rows": train.micro_batch, "turns": train.accumulation, "length": recipe.data.max_length}
     more = f" · {say('plan.checkpointing')}" if train.gradient_checkpointing else ""
     return [
-        say("plan.title", name=title), "  " + say("plan.model", base=_short(recipe.base), **said), "  " + learnt,
+        say("plan.title", name=each.title), "  " + say("plan.model", base=_short(recipe.base), **said), "  " + learnt,
         "  " + say("plan.settings", **asked) + f" · {here.precision} · {train.optimizer}{more}",
         "  " + say("plan.at_once", n=job.tokens, turns=job.passes),
     ]  # fmt: skip
@@ -152,30 +201,30 @@ def _short(base: str, width: int = 52) -> str:
     return base if len(base) <= width else "…" + base[1 - width :]
 
 
-def _parts(recipe: Recipe, shape: Anatomy, here: Machine) -> list[str]:
-    """The worst moment, part by part, with a bar for each."""
-    found = told(shape, recipe, here.precision, here.device)
+def _parts(each: Planned, here: Machine) -> list[str]:
+    """The worst moment, part by part, with a bar for each: together what must be free, which is what is compared."""
+    found = told(each.shape, each.recipe, here.precision, here.device)
     full = "█" if (sys.stdout.encoding or "").lower().startswith("utf") else "#"
-    labels = {key: say(f"plan.part.{key}") for key, _ in found.parts}
-    width, largest = max(map(len, labels.values())), max(size for _, size in found.parts)
+    parts = [*found.parts, ("card", found.needed - found.training)] if here.device == "cuda" else found.parts
+    labels = {key: say(f"plan.part.{key}") for key, _ in parts}
+    width, largest = max(map(len, labels.values())), max(size for _, size in parts)
     lines = [say(f"plan.moment.{found.moment}")]
-    for key, size in found.parts:
+    for key, size in parts:
         bar = full * max(1, round(BAR * size / largest))
         shown = number(size / GIB, 2) if size >= LEAST else f"<{number(LEAST / GIB, 2)}"
         lines.append(f"  {labels[key]:<{width}}  {shown:>7} GiB  {bar}")
     room = here.memory_gib
     fits = "fits" if found.needed / GIB <= room else "does_not"
-    lines.append("  " + say(f"plan.total.{fits}", total=number(found.training / GIB, 2), room=number(room, 1)))
+    lines.append("  " + say(f"plan.total.{fits}", total=_gib(found.needed), room=number(room, 1)))
     if found.load > found.training:
         lines.append("  " + say("plan.loading", load=_gib(found.load), file=_gib(found.file)))
     return lines
 
 
-def _rest(recipe: Recipe, shape: Anatomy, pace: Pace | None) -> list[str]:
+def _rest(each: Planned, here: Machine, pace: Pace | None) -> list[str]:
     """Disk and time."""
-    here = here_for(recipe)
-    job = memory.job_of(recipe, here.precision, here.device)
-    found = cost.disk(shape, job, recipe, pace.steps if pace else None)
+    job = memory.job_of(each.recipe, here.precision, here.device)
+    found = cost.disk(each.shape, job, each.recipe, pace.steps if pace else None)
     # A disk is counted in powers of ten, as its maker does.
     sizes = {"most": number(found.most / 1e9, 2), "one": number(found.checkpoint / 1e9, 2)}
     lines = ["  " + say("plan.disk", n=found.checkpoints, final=number(found.final / 1e9, 2), **sizes)]
@@ -184,11 +233,16 @@ def _rest(recipe: Recipe, shape: Anatomy, pace: Pace | None) -> list[str]:
     shortest, longest = cost.total(pace)
     speeds = f"{number(min(pace.speeds), 0)}–{number(max(pace.speeds), 0)}"
     measured = {"speeds": speeds, "n": len(pace.seconds), "peak": number(pace.peak_gib, 2), "steps": pace.steps}
+    quickest, slowest = (
+        number(seconds, 2 if seconds < 10 else 0) for seconds in (min(pace.seconds), max(pace.seconds))
+    )
+    measured |= {"quickest": quickest, "slowest": slowest}
     return [*lines, "  " + say("plan.time", least=duration(shortest), most=duration(longest), **measured)]
 
 
-def _machines(recipe: Recipe, shape: Anatomy, here: Machine) -> list[str]:
+def _machines(each: Planned, here: Machine) -> list[str]:
     """A line for each machine: what it has, what the run needs there, and whether it fits, or with what."""
+    recipe, shape = each.recipe, each.shape
     rows = machines(recipe, here)
     width = max(len(name) for name, *_ in rows)
     lines = [say("plan.where")]
@@ -197,10 +251,10 @@ def _machines(recipe: Recipe, shape: Anatomy, here: Machine) -> list[str]:
         begin = f"  {name:<{width}} {number(room / GIB, 1):>6} GiB  {number(found.needed / GIB, 2):>7}  "
         if found.needed <= room:
             lines.append(begin + say("plan.fits"))
-        elif other := fit(shape, recipe, precision, device, room):
+        elif other := fit(shape, recipe, precision, device, room, each.built):
             lines += _folded(begin + say("plan.with") + " ", typed(other.changes))
         else:
-            needed = _gib(least(shape, recipe, precision, device).told.needed)
+            needed = _gib(least(shape, recipe, precision, device, each.built).told.needed)
             lines.append(begin + say("plan.never", needed=needed))
     return lines
 
@@ -216,9 +270,9 @@ def _folded(begin: str, words: str, width: int = 80) -> list[str]:
     return lines
 
 
-def _ways(recipe: Recipe, shape: Anatomy, here: Machine) -> list[str]:
+def _ways(each: Planned, here: Machine) -> list[str]:
     """What to change for less memory here, each by itself."""
-    found = ways(shape, recipe, here.precision, here.device)
+    found = ways(each.shape, each.recipe, here.precision, here.device, each.built)
     if not found:
         return []
     lines = ["", say("plan.ways")]
@@ -228,7 +282,7 @@ def _ways(recipe: Recipe, shape: Anatomy, here: Machine) -> list[str]:
     return lines
 
 
-def _prices(recipe: Recipe, changes: Changes) -> list[str]:
+def _prices(changes: Changes) -> list[str]:
     """The names of what gives way, for the words that say what each costs."""
     said = dict(changes)
     names = {
@@ -239,9 +293,9 @@ def _prices(recipe: Recipe, changes: Changes) -> list[str]:
     return [name for key, name in names.items() if key in said] + kinds
 
 
-def _prefixed(changes: Changes, training: str, several: bool) -> str:
+def _prefixed(changes: Changes, training: str, several: bool) -> list[str]:
     """Changes as typed, `pretrain.train.micro_batch=1` where they are of one training among several."""
-    return typed(tuple((f"{training}.{key}" if several else key, value) for key, value in changes))
+    return [(f"{training}." if several else "") + typed((one,)) for one in changes]
 
 
 def _gib(size: float) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from maese.pipeline import STAGES, Pipeline
-from maese.plan.sizes import SIZES, parameters
+from maese.plan.shape import of_size, parameters
+from maese.plan.sizes import SIZES
 from maese.run import Run
 from maese.say import number, quantity, say
 from maese.stages import shape_of
@@ -25,10 +26,11 @@ def show_sizes(pipeline: Pipeline, json: bool = False, quiet: int = 0) -> None:
     from maese.report.whole import sizes
 
     kind, mine = pipeline.architecture, shape_of(pipeline)
-    rows = {name: shape.__dict__ | {"parameters": parameters(shape, kind)} for name, shape in SIZES.items()}
-    rows[pipeline.size] = mine.__dict__ | {"parameters": parameters(mine, kind)}
+    all_of_it = parameters(of_size(mine, kind))
+    rows = {name: shape.__dict__ | {"parameters": parameters(of_size(shape, kind))} for name, shape in SIZES.items()}
+    rows[pipeline.size] = mine.__dict__ | {"parameters": all_of_it}
     draw([sizes(list(rows.items()), pipeline.size)], talk=True)
-    talk(say("stage.making", name=pipeline.name, size=pipeline.size, n=quantity(parameters(mine, kind))))
+    talk(say("stage.making", name=pipeline.name, size=pipeline.size, n=quantity(all_of_it)))
 
 
 def teller(json: bool = False, quiet: int = 0) -> Tell:

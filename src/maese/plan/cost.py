@@ -52,8 +52,7 @@ class Pace:
 def disk(shape: Anatomy, job: Job, recipe: Recipe, steps: int | None = None) -> Disk:
     """What a run writes; with its number of steps, no more checkpoints than it comes to."""
     trained = trained_of(shape, job)
-    # On disk the paged optimizer is as large as the other one.
-    states = optimizer_of(shape, job, trained) or int(2.03 * trained)
+    states = optimizer_of(shape, job, trained, "disk")
     saves = recipe.train.keep + 1
     if steps is not None:
         saves = min(saves, (steps - 1) // recipe.train.save_every)
@@ -80,6 +79,7 @@ def facts(found: Disk, pace: Pace | None = None) -> dict[str, Any]:
         figures["time"] = {
             "shortest_s": round(shortest, 1), "longest_s": round(longest, 1), "steps": pace.steps,
             "measured_steps": len(pace.seconds), "tokens_s": [round(speed, 1) for speed in pace.speeds],
+            "seconds_step": [round(seconds, 4) for seconds in pace.seconds],
             "peak_gib": pace.peak_gib,
         }  # fmt: skip
     return figures

@@ -10,13 +10,13 @@ Memory alone decides: what a change costs in time or in what is learnt is said b
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from maese.errors import MaeseError
 from maese.plan.memory import Estimate, estimate, job_of
-from maese.plan.shape import Anatomy, file_of
+from maese.plan.shape import KNOWN, Anatomy, file_of, open_shape, parameters
 from maese.recipe import Recipe
 
 # Makers count in powers of ten, and the screen takes some: to plan with less than is there does no harm.
@@ -66,22 +66,49 @@ def told(shape: Anatomy, recipe: Recipe, precision: str, device: str) -> Estimat
     return estimate(shape, job_of(recipe, precision, device), file=file_of(recipe.base))
 
 
-def ways(shape: Anatomy, recipe: Recipe, precision: str, device: str) -> list[Way]:
-    """Each change by itself that takes less memory, from the smallest to the largest."""
-    now = told(shape, recipe, precision, device).needed
-    found = []
-    for key, changes in _single(recipe):
+def ways(shape: Anatomy, recipe: Recipe, precision: str, device: str, built: bool = False) -> list[Way]:
+    """Each change by itself that takes less memory, from the smallest to the largest.
+
+    `built`: the base was made and not trained, and an adapter over what knows nothing is no way out.
+    """
+    now, keys = told(shape, recipe, precision, device).needed, dict(_single(recipe, built))
+    saved = {one.changes: now - one.told.needed for one in _tried(shape, recipe, precision, device, keys.values())}
+    return [
+        Way(key, changes, saved[changes], now - saved[changes])
+        for key, changes in keys.items()
+        if saved.get(changes, 0) > WORTH * now
+    ]
+
+
+def smaller(shape: Anatomy, recipe: Recipe, precision: str, device: str, room: float) -> str:
+    """The largest model known by name, of those below this one, that some settings fit in `room` bytes; else the
+    smallest there is."""
+    known = {name: open_shape(name) for name in KNOWN}
+    below = sorted((parameters(one), name) for name, one in known.items() if parameters(one) < parameters(shape))
+    for _, name in reversed(below):
+        long_enough = known[name].context >= recipe.data.max_length
+        if long_enough and fit(known[name], recipe, precision, device, room):
+            return name
+    return "nano"
+
+
+def _tried(shape: Anatomy, recipe: Recipe, precision: str, device: str, every: Iterable[Changes]) -> Iterator[Fit]:
+    """What the recipe needs with each of some changes; not with an adapter on targets that another family has."""
+    for changes in every:
         try:
-            needed = told(shape, changed(recipe, changes), precision, device).needed
-        except MaeseError:  # targets that another family has
-            continue
-        if now - needed > WORTH * now:
-            found.append(Way(key, changes, now - needed, needed))
-    return found
+            yield Fit(changes, told(shape, changed(recipe, changes), precision, device))
+        except MaeseError as problem:
+            if problem.code != "ADAPT-02":
+                raise
 
 
-def _single(recipe: Recipe) -> Iterator[tuple[str, Changes]]:
-    train, method = recipe.train, recipe.method
+def _methods(recipe: Recipe, built: bool) -> tuple[str, ...]:
+    """The recipe's own, and those that take less."""
+    return METHODS[METHODS.index(recipe.method.kind) :][: 1 if built else None]
+
+
+def _single(recipe: Recipe, built: bool) -> Iterator[tuple[str, Changes]]:
+    train = recipe.train
     if train.micro_batch > 1:
         yield "smaller", _batch(recipe, 1)
     if not train.gradient_checkpointing:
@@ -90,43 +117,43 @@ def _single(recipe: Recipe) -> Iterator[tuple[str, Changes]]:
         yield "shorter", (("data.max_length", recipe.data.max_length // 2),)
     if train.optimizer == "adamw":
         yield "eight_bits", (("train.optimizer", "adamw8bit"),)
-    for kind in METHODS[METHODS.index(method.kind) + 1 :]:
+    for kind in _methods(recipe, built)[1:]:
         yield kind, (("method.kind", kind),)
 
 
 def _batch(recipe: Recipe, micro_batch: int) -> Changes:
-    """Fewer rows at once and more turns: the same batch where it divides, and no smaller where it does not."""
+    """Fewer rows at once and more turns: the same batch, which they must divide."""
     each = recipe.train.micro_batch * recipe.train.accumulation
-    return ("train.micro_batch", micro_batch), ("train.accumulation", -(-each // micro_batch))
+    return ("train.micro_batch", micro_batch), ("train.accumulation", each // micro_batch)
 
 
-def fit(shape: Anatomy, recipe: Recipe, precision: str, device: str, room: float) -> Fit | None:
+def fit(
+    shape: Anatomy, recipe: Recipe, precision: str, device: str, room: float, built: bool = False
+) -> Fit | None:  # fmt: skip
     """The settings nearest to the recipe that fit in `room` bytes; None where no change is enough.
 
     The rows at once give way first, which changes nothing of what is learnt; then what is kept, the length, the
-    optimizer, and the method last.
+    optimizer, and the method last, unless the base was `built` and not trained.
     """
-    for changes in _combined(recipe):
-        found = told(shape, changed(recipe, changes), precision, device)
-        if found.needed <= room:
-            return Fit(changes, found)
-    return None
+    every = _tried(shape, recipe, precision, device, _combined(recipe, built))
+    return next((found for found in every if found.told.needed <= room), None)
 
 
-def least(shape: Anatomy, recipe: Recipe, precision: str, device: str) -> Fit:
+def least(shape: Anatomy, recipe: Recipe, precision: str, device: str, built: bool = False) -> Fit:
     """The settings that need the least of all those `fit` tries."""
-    every = (Fit(changes, told(shape, changed(recipe, changes), precision, device)) for changes in _combined(recipe))
+    every = _tried(shape, recipe, precision, device, _combined(recipe, built))
     return min(every, key=lambda found: found.told.needed)
 
 
-def _combined(recipe: Recipe) -> Iterator[Changes]:
+def _combined(recipe: Recipe, built: bool = False) -> Iterator[Changes]:
     """All settings there are to try, the nearest to the recipe first."""
     train, data, method = recipe.train, recipe.data, recipe.method
-    kinds = METHODS[METHODS.index(method.kind) :]
+    kinds, batch = _methods(recipe, built), train.micro_batch * train.accumulation
     optimizers = dict.fromkeys((train.optimizer, "adamw8bit" if train.optimizer == "adamw" else train.optimizer))
     halves = [cut for cut in LENGTHS if cut == 1 or data.max_length // cut >= 32]
     checkpoints = dict.fromkeys((train.gradient_checkpointing, True))
-    rows = [train.micro_batch >> times for times in range(train.micro_batch.bit_length())]
+    halved = [train.micro_batch >> times for times in range(train.micro_batch.bit_length())]
+    rows = [at_once for at_once in halved if batch % at_once == 0]  # a larger batch would learn otherwise
     for kind, optimizer, cut, again, micro_batch in itertools.product(kinds, optimizers, halves, checkpoints, rows):
         said: dict[str, Any] = {}
         if micro_batch != train.micro_batch:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -26,29 +28,29 @@ class Machine:
     def facts(self) -> dict[str, Any]:
         return asdict(self)
 
+    def room_gib(self, train: Train) -> float:
+        """What may be taken of its memory: a ceiling of the recipe counts as what there is."""
+        return min(self.memory_gib, train.memory_gib or self.memory_gib)
+
+
+@dataclass(frozen=True)
+class Card:
+    name: str
+    memory_gib: float
+    bf16: bool  # whether it multiplies it in hardware
+
 
 def machine(train: Train | None = None) -> Machine:
     """What will be used, given what the recipe asks for. Error: DEVICE-01 when it asks for a card that is not there."""
     import torch
 
-    wanted = train.device if train else "auto"
-    asked = train.precision if train else "auto"
-    cuda = torch.cuda.is_available()
-    if wanted == "cuda" and not cuda:
-        raise MaeseError("DEVICE-01")
-    device = "cuda" if cuda and wanted != "cpu" else "cpu"
-    if device == "cuda":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        card = torch.cuda.get_device_properties(0)
-        auto = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        return Machine(device, card.name, cores, card.total_memory / 2**30, auto if asked == "auto" else asked)
-    import psutil
-
-    auto = "bf16" if bf16_pays_on_cpu() else "fp32"
-    # fp16 has no fast path on any CPU; asking for it there is taken as asking for small numbers.
-    precision = auto if asked in ("auto", "fp16") else asked
+    card = None
+    if (train is None or train.device != "cpu") and torch.cuda.is_available():
+        seen = torch.cuda.get_device_properties(0)
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        card = Card(seen.name, seen.total_memory / 2**30, bf16)
     # What torch works with: OMP_NUM_THREADS, and torchrun, leave it fewer than there are cores.
-    return Machine(device, cpu_name(), torch.get_num_threads(), psutil.virtual_memory().total / 2**30, precision)
+    return _chosen(train, card, torch.get_num_threads(), bf16_pays_on_cpu)
 
 
 def glance(train: Train | None = None) -> Machine:
@@ -56,41 +58,62 @@ def glance(train: Train | None = None) -> Machine:
 
     Error: DEVICE-01.
     """
-    wanted = train.device if train else "auto"
+    card = _card() if train is None or train.device != "cpu" else None
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    quick = {"avx512_bf16", "amx_bf16"}
+    return _chosen(train, card, int(threads) if threads.isdigit() else _cores(), lambda: bool(quick & _flags()))
+
+
+def _chosen(train: Train | None, card: Card | None, threads: int, bf16_pays: Callable[[], bool]) -> Machine:
+    """The device and the precision, given the card there is, if any, and what a processor is like."""
     asked = train.precision if train else "auto"
-    card = _card() if wanted != "cpu" else None
-    if wanted == "cuda" and card is None:
+    if card is not None:
+        auto = "bf16" if card.bf16 else "fp16"
+        return Machine("cuda", card.name, _cores(), card.memory_gib, auto if asked == "auto" else asked)
+    if train is not None and train.device == "cuda":
         raise MaeseError("DEVICE-01")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if card:
-        name, memory_gib, capability = card
-        auto = "bf16" if capability >= 8 else "fp16"
-        return Machine("cuda", name, cores, memory_gib, auto if asked == "auto" else asked)
     import psutil
 
-    auto = "bf16" if {"avx512_bf16", "amx_bf16"} & _flags() else "fp32"
-    threads = os.environ.get("OMP_NUM_THREADS", "")
-    return Machine(
-        "cpu", cpu_name(), int(threads) if threads.isdigit() else cores, psutil.virtual_memory().total / 2**30,
-        auto if asked in ("auto", "fp16") else asked,
-    )  # fmt: skip
+    # fp16 has no fast path on any CPU; asking for it there is taken as asking for small numbers.
+    precision = ("bf16" if bf16_pays() else "fp32") if asked in ("auto", "fp16") else asked
+    return Machine("cpu", cpu_name(), threads, psutil.virtual_memory().total / 2**30, precision)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _card() -> Card | None:
+    """The first card that CUDA would show, or None."""
+    row = _seen()
+    return Card(row[2], float(row[3]) / 1024, float(row[5]) >= 8) if row else None
+
+
+def _seen() -> list[str] | None:
+    """The row of `cards` of the first card that CUDA shows: by number or by the beginning of its UUID where
+    CUDA_VISIBLE_DEVICES says so, and none where it says nothing or something that is not there."""
+    wanted = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    found = [row for row in cards() if wanted and (row[0] == wanted or row[1].startswith(wanted))]
+    return found[0] if found else None
 
 
 @cache
-def _card() -> tuple[str, float, float] | None:
-    """Name, GiB and capability of the first card, or None where its driver's own program finds none."""
+def cards() -> list[list[str]]:
+    """Number, UUID, name, MiB, free MiB and capability of every card; none where the driver's program finds none."""
     import shutil
     import subprocess
 
     if not (program := shutil.which("nvidia-smi")):
-        return None
-    command = [program, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+        return []
+    asked = "--query-gpu=index,uuid,name,memory.total,memory.free,compute_cap"
+    command = [program, asked, "--format=csv,noheader,nounits"]
     try:
-        line = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.splitlines()[0]
-        name, mebibytes, capability = line.rsplit(",", 2)
-        return name.strip(), float(mebibytes) / 1024, float(capability)
-    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
-        return None
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return []
+    # A name may have commas.
+    rows = [re.match(r"(\d+), ([^,]+), (.+), (\d+), (\d+), (\d+\.\d+)$", line.strip()) for line in lines]
+    return [list(row.groups()) for row in rows if row]
 
 
 def _flags() -> set[str]:
@@ -148,6 +171,17 @@ def memory_used_gib(device: str) -> float:
     import psutil
 
     return psutil.Process().memory_info().rss / 2**30
+
+
+def memory_free_gib(device: str) -> float:
+    """Memory that nobody holds now: of the card, as its driver tells it, or of this machine."""
+    if device == "cuda":
+        cards.cache_clear()
+        row = _seen()
+        return float(row[4]) / 1024 if row else 0.0
+    import psutil
+
+    return psutil.virtual_memory().available / 2**30
 
 
 def memory_peak_gib(device: str) -> float:

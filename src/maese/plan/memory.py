@@ -19,7 +19,7 @@ import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from maese.plan.shape import Anatomy, Matrix, Targets, adapters, parameters, targeted
 from maese.recipe import Recipe
@@ -196,12 +196,14 @@ def weights_of(shape: Anatomy, job: Job) -> int:
     return int(NF4 * shape.body + job.c * (parameters(shape) - shape.body))
 
 
-def optimizer_of(shape: Anatomy, job: Job, trained: int) -> int:
-    """Bytes of what the optimizer remembers. The paged one's lie where the processor can take them back from a card."""
+def optimizer_of(shape: Anatomy, job: Job, trained: int, place: Literal["device", "disk"] = "device") -> int:
+    """Bytes of what the optimizer remembers, on the device that trains or in a checkpoint.
+
+    The paged one's lie where the processor can take them back from a card."""
     if job.optimizer == "muon":
         body = shape.body if job.kind == "full" else trained
         return 4 * body + 8 * (trained - body)
-    if job.optimizer.startswith("paged") and job.device == "cuda":
+    if job.optimizer.startswith("paged") and job.device == "cuda" and place == "device":
         return 0
     if job.optimizer in ("adamw8bit", "paged"):
         return int(EIGHT_BITS * trained)
@@ -257,8 +259,8 @@ def _attention(shape: Anatomy, job: Job) -> float:
         return 4 * 3 * across + 3 * 4 * shape.heads * job.longest
     if job.device == "cpu":
         return 4 * 4 * across + lines
-    out = 0 if any(matrix.reads == "attention" for matrix in targeted(shape, job.targets)) else across
-    return job.c * (across + 2 * shape.across_shared + (0 if job.kind == "full" else out)) + lines
+    out = job.kind != "full" and all(matrix.reads != "attention" for matrix in targeted(shape, job.targets))
+    return job.c * (across + 2 * shape.across_shared + (across if out else 0)) + lines
 
 
 def workspace(shape: Anatomy, job: Job) -> int:

@@ -146,6 +146,11 @@ def open_shape(base: str, architecture: Architecture = "modern") -> Anatomy:
     return anatomy(row, base)
 
 
+def built(base: str) -> bool:
+    """Whether a base is made and not read: a size, which knows nothing yet."""
+    return base in SIZES and not (Path(base) / "config.json").is_file()
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text("utf-8"))

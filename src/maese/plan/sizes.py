@@ -1,6 +1,4 @@
-"""Shapes of models by name, and how many parameters a shape has, from arithmetic alone.
-
-    parameters(SIZES["mini"], "modern")      26,451,328
+"""Shapes of models by name: what `plan.shape` and `model.build` make a model of.
 
 `classic` is GPT-2 (Radford et al. 2019), `modern` Qwen3's (Yang et al. 2025, arXiv 2505.09388).
 """
@@ -35,13 +33,3 @@ SIZES = {
     "mini": Shape(layers=8, heads=6, width=384, vocabulary=32_000, context=512),
     "base": Shape(layers=12, heads=12, width=768, vocabulary=32_000, context=512),
 }
-
-
-def parameters(shape: Shape, architecture: Architecture) -> int:
-    """How many parameters a shape has; the table that reads is the one that writes (tied), and counts once."""
-    d, v = shape.width, shape.vocabulary
-    if architecture == "classic":
-        block = 12 * d * d + 13 * d  # four products of attention, two of the MLP, their biases, two norms with bias
-        return v * d + shape.context * d + shape.layers * block + 2 * d
-    block = 4 * d * d + 3 * d * shape.inner + 2 * d + 2 * (d // shape.heads)
-    return v * d + shape.layers * block + d

@@ -73,10 +73,12 @@ def shown(value: Any, how) -> str:
 
 
 def memory(peak: float, estimated: float | None) -> str:
-    """`memory(2.04, 2.1)` is «2,04 GiB (estimados 2,10)»."""
-    if estimated is None:
+    """`memory(2.0, 2.1)` is «2,00 GiB (estimados 2,10, +5,0 %)»."""
+    if not estimated or not peak:
         return say("report.unit.gib", value=number(peak, 2))
-    return say("report.box.against", value=number(peak, 2), estimated=number(estimated, 2))
+    off = estimated / peak - 1
+    difference = f"{'−' if off < 0 else '+'}{percent(abs(off))}"
+    return say("report.box.against", value=number(peak, 2), estimated=number(estimated, 2), difference=difference)
 
 
 def arrow(before: float | None, after: float | None, decimals: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +15,7 @@ from maese.model import load
 from maese.model.fingerprint import parameters
 from maese.model.head import causal_of
 from maese.model.save import save_final
+from maese.plan.cost import disk
 from maese.plan.machine import memory_peak_gib, memory_used_gib
 from maese.plan.memory import estimate, facts, job_of
 from maese.plan.shape import anatomy
@@ -49,24 +51,29 @@ def plan(session: Session) -> None:
 
 
 def foretold(session: Session) -> dict[str, Any]:
-    """What the run should take at its worst (GiB) and its parts; nothing where that is not known how to count.
+    """What the run should take at its worst (GiB) and its parts, what must be free for that and what there is, and its
+    disk (bytes); nothing where that is not known how to count.
 
     With several processes each has rows of its own, and buckets to exchange: that is not counted yet.
     """
     if session.together.world > 1:
         return {}
     here, (model, _) = session.machine, session.inner
-    try:
-        shape = anatomy(causal_of(model).config.to_dict())
-    except MaeseError:
-        return {}
     job = job_of(session.recipe, here.precision, here.device, session.data.train.lengths)
     # What this process already holds is better than the usual figure: a notebook has more in it than a command.
     held = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
     process = max(0, int((memory_used_gib("cpu") - held) * 2**30)) if here.device == "cpu" else None
-    told = facts(estimate(shape, job, process, file=0))
+    try:
+        shape = anatomy(causal_of(model).config.to_dict())
+        told = facts(estimate(shape, job, process, file=0))
+    except MaeseError:  # a family that is not counted, or what else the arithmetic cannot tell: it stops no training
+        return {}
     # To load has been done, and may have taken more than what comes.
-    return {"estimated_gib": max(told["gib"], round(memory_peak_gib(here.device), 3)), "estimated": told["parts"]}
+    memory = {"estimated_gib": max(told["gib"], round(memory_peak_gib(here.device), 3)), "estimated": told["parts"]}
+    space = disk(shape, job, session.recipe, session.steps)
+    space_facts = {**asdict(space), "most": space.most, "free": shutil.disk_usage(session.run.path).free}
+    room = round(here.room_gib(session.recipe.train), 3)
+    return {**memory, "needed_gib": told["needed_gib"], "room_gib": room, "disk": space_facts}
 
 
 def _enough(session: Session) -> int:

@@ -1,34 +1,32 @@
 """The optimizer, its groups, and the rate of each step.
 
-optimizer(model, train)                          AdamW in fp32, as the recipe says
-optimizer(model, train, "muon")                  Muon for the body, AdamW for the rest
+optimizer(model, train)                          the one the recipe names, in fp32
 rate(0, 100, train)                              plain arithmetic, the same on every machine
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 from maese.errors import MaeseError
 from maese.recipe import Train
 
-Kind = Literal["adamw", "adamw8bit", "paged", "paged32", "muon"]
 BETAS = (0.9, 0.999)
 DECAY = 0.2  # share of the steps in which wsd comes down
 
 
-def optimizer(model: Any, train: Train, kind: Kind = "adamw") -> Any:
+def optimizer(model: Any, train: Train) -> Any:
     """The optimizer over what trains, in fp32.
 
     adamw: Loshchilov and Hutter 2017, arXiv 1711.05101. adamw8bit: its state in 8 bits (Dettmers et al. 2021, arXiv
     2110.02861), paged: the same, in memory that a full card borrows from the processor, paged32: that with a state of
     32 bits (Dettmers et al. 2023, arXiv 2305.14314). muon: see `train.muon`. Error: DEP-01 (without bitsandbytes).
     """
-    return build(groups(model, train, kind), train, kind)
+    return build(groups(model, train), train)
 
 
-def groups(model: Any, train: Train, kind: Kind = "adamw") -> list[dict[str, Any]]:
+def groups(model: Any, train: Train) -> list[dict[str, Any]]:
     """Groups of the parameters that train: matrices decay; biases and norms, which are vectors, do not.
 
     Pulling vectors to zero only costs accuracy. For Muon the matrices of the body are apart from the embeddings and
@@ -41,7 +39,7 @@ def groups(model: Any, train: Train, kind: Kind = "adamw") -> list[dict[str, Any
     words = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
     ends = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
     words |= {id(p) for end in ends if end is not None for p in end.parameters()}
-    body = [p for p in matrices if kind == "muon" and p.ndim == 2 and id(p) not in words]
+    body = [p for p in matrices if train.optimizer == "muon" and p.ndim == 2 and id(p) not in words]
     turned = {id(p) for p in body}
     found = [
         {"params": body, "weight_decay": train.weight_decay, "orthogonal": True},
@@ -51,14 +49,14 @@ def groups(model: Any, train: Train, kind: Kind = "adamw") -> list[dict[str, Any
     return [group for group in found if group["params"]]
 
 
-def build(groups: list[dict[str, Any]], train: Train, kind: Kind = "adamw") -> Any:
-    """The optimizer of a kind over groups of parameters."""
-    if kind == "muon":
+def build(groups: list[dict[str, Any]], train: Train) -> Any:
+    """The optimizer that the recipe names over groups of parameters."""
+    if train.optimizer == "muon":
         from maese.train.muon import Muon
 
         return Muon(groups, lr=train.lr, betas=BETAS)
     settings: dict[str, Any] = {"lr": train.lr, "betas": BETAS, "eps": 1e-8}
-    if kind == "adamw":
+    if train.optimizer == "adamw":
         import torch
 
         return torch.optim.AdamW(groups, **settings, fused=True)
@@ -66,7 +64,7 @@ def build(groups: list[dict[str, Any]], train: Train, kind: Kind = "adamw") -> A
         from bitsandbytes import optim
     except ImportError:
         raise MaeseError("DEP-01", package="bitsandbytes", extra="qlora") from None
-    made = {"adamw8bit": "AdamW8bit", "paged": "PagedAdamW8bit", "paged32": "PagedAdamW32bit"}[kind]
+    made = {"adamw8bit": "AdamW8bit", "paged": "PagedAdamW8bit", "paged32": "PagedAdamW32bit"}[train.optimizer]
     return getattr(optim, made)(groups, **settings)
 
 

@@ -36,6 +36,8 @@ def probe(recipe: Recipe) -> Pace:
                 _, _, seen, _ = take_step(session, micro_batches, rate(done, session.steps, recipe.train), following)
                 seconds.append(time.monotonic() - start)
                 tokens.append(seen)
+                if session.stopping:  # there is nothing to save first
+                    raise KeyboardInterrupt
                 if time.monotonic() - began > SECONDS:
                     break
             first = 1 if len(seconds) > 1 else 0  # kernels are made in the first step

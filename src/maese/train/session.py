@@ -166,7 +166,7 @@ def _open(
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    optimizer = together.each(lambda: build_optimizer(model, recipe.train, recipe.train.optimizer))
+    optimizer = together.each(lambda: build_optimizer(model, recipe.train))
     if together.sharded:
         head_of(model)  # how its loss is taken cannot be tried once it is cut
     model, optimizer = accelerator.prepare(model, optimizer)
