@@ -142,7 +142,7 @@ def test_an_error_mended_by_resuming_is_no_longer_the_verdict():
 
 def test_the_verdict_gives_its_figures_and_an_order_to_paste():
     text = diagnose(*CASES["overfitting"]).text()
-    assert "paso 20" in text and "2,50" in text and "12,0 %" in text  # lowest check, its loss, the rise from it
+    assert "paso 20" in text and "2,50" in text and "12,0\u00a0%" in text  # lowest check, its loss, the rise from it
     assert "train.epochs=1.5" in text and "train.lr=3e-5" in text
 
 
