@@ -1,4 +1,4 @@
-"""Measure the model that scripts/embedded.yaml and its two followers made, and put it into the package.
+"""Measure the models that scripts/embedded.yaml and the recipes that follow it made, and put them into the package.
 
     python scripts/embedded.py measure build/embedded/first --as first          the edition before, for comparison
     python scripts/embedded.py measure build/embedded/last/final --as base      bits per byte, minimal pairs, speed

@@ -16,6 +16,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from embedded import es
+
 from maese import recipe as recipes
 from maese.generate.engine import Writer, open_folder, open_writer
 from maese.generate.personas import PERSONAS, open_company
@@ -125,11 +127,6 @@ def rounding(run: Run, writer: Writer, questions: list[str]) -> float:
                 shipped = writer.model(input_ids=ids, use_cache=False).logits
         largest = max(largest, float((trained - shipped).abs().max()))
     return largest
-
-
-def es(value: float, decimals: int = 0) -> str:
-    """A number as it is written in Spanish: `es(1234.5, 1)` is «1.234,5»."""
-    return f"{value:,.{decimals}f}".translate(str.maketrans(",.", ".,"))
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 from conftest import make_voice
-from test_quant import save_model
+from test_quant import learn_alike, save_model
 
 from maese.errors import MaeseError
 from maese.model import load, quant, rows
@@ -124,27 +124,17 @@ def test_only_the_new_rows_are_others(bases, kind, four_bits):
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3", "phi"])
 def test_the_loss_without_logits_and_the_short_ways_learn_what_peft_learns(bases, kind, four_bits):
     import torch
-    import torch.nn.functional as F
 
-    from maese.evaluate.likelihood import loss_sum
     from maese.model.attention import unpadded
     from maese.model.head import head_of
     from maese.model.quick import quicken
-    from maese.tokens.batches import IGNORED, collate, collate_flat
     from maese.tokens.template import Example
 
     (theirs, _, new), (ours, _, _) = adapted(bases[kind], four_bits), adapted(bases[kind], four_bits)
     quicken(ours)
     assert unpadded(ours, 32) and head_of(ours).tokens_K.tolist() == new
     examples = [Example([new[0], *range(n, 2 * n), new[1], 2, new[2]], [0, *[1] * (n + 3)]) for n in (3, 9, 14)]
-    batch = collate(examples, 1)
-    logits = theirs(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    targets = batch["labels"][:, 1:].flatten()
-    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
-    found = loss_sum(ours, collate_flat(examples, 1))
-    expected.backward()
-    found.backward()
-    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    batch = learn_alike(theirs, ours, examples)
     learnt = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
     mine = {n: p.grad for n, p in ours.named_parameters() if p.requires_grad}
     assert learnt.keys() == mine.keys() and sum("lora_" not in name for name in learnt) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -23,6 +24,24 @@ NF4 = [
     -1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
     0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0,
 ]  # fmt: skip
+
+
+def learn_alike(theirs, ours, examples: list) -> dict:
+    """One pass and its way back through both: padded, by the definition of the loss, and as maese does it."""
+    from torch.nn import functional as F
+
+    from maese.evaluate.likelihood import loss_sum
+    from maese.tokens.batches import IGNORED, collate, collate_flat
+
+    batch = collate(examples, 1)
+    logits = theirs(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    targets = batch["labels"][:, 1:].flatten()
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
+    found = loss_sum(ours, collate_flat(examples, 1))
+    expected.backward()
+    found.backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    return batch
 
 
 def save_model(folder: Path, kind: str, width: int = 128, layers: int = 2, vocabulary: int = 320, **more) -> Path:
@@ -124,12 +143,26 @@ def test_in_4_bits_it_says_what_transformers_says_in_4_bits(bases, kind):
     assert torch.equal(expected, found)
 
 
+def weight_bytes(model) -> tuple[int, int]:
+    """Bytes of the quantized matrices as they would be in 16 bits, and as they are, scales and tables counted."""
+    layers = quant.quantized(model)
+    whole = sum(2 * math.prod(layer.weight.quant_state.shape) for layer in layers)
+    return whole, sum(held(layer.weight) for layer in layers)
+
+
+def held(weight) -> int:
+    state = weight.quant_state
+    parts = [weight.data, state.absmax, state.code, state.offset]
+    parts += [state.state2.absmax, state.state2.code] if state.nested else []
+    return sum(part.numel() * part.element_size() for part in parts if part is not None)
+
+
 def test_matrices_in_4_bits_weigh_a_third_of_16_at_most(tmp_path):
     """Every scale, table and second scale counted; embeddings, norms and head stay in 16 bits."""
     import torch
 
     model = quant.load_quantized(save_model(tmp_path / "base", "qwen3", width=256), "bf16", "cpu")
-    whole, packed = quant.weight_bytes(model)
+    whole, packed = weight_bytes(model)
     assert len(quant.quantized(model)) == 14 and whole == 2 * 2 * (256 * (256 + 2 * 64 + 256) + 3 * 256 * 512)
     assert 0.25 < packed / whole <= 0.32
     rest = {n: p.dtype for n, p in model.named_parameters() if p.dtype != torch.uint8}
@@ -165,27 +198,17 @@ def test_an_adapter_over_4_bits_in_one_operation_is_the_one_of_peft(bases, kind,
 @pytest.mark.parametrize("kind", ["gpt2", "phi", "qwen3"])
 def test_all_our_ways_together_learn_what_peft_learns(bases, kind):
     """Documents without padding, the loss without logits, adapters in one operation: against padded rows of PEFT."""
-    import torch.nn.functional as F
 
-    from maese.evaluate.likelihood import loss_sum
     from maese.model.attention import unpadded
     from maese.model.head import head_of
     from maese.model.quick import quicken
-    from maese.tokens.batches import IGNORED, collate, collate_flat
     from maese.tokens.template import Example
 
     theirs, ours = (adapted(quant.load_quantized(bases[kind], "fp32", "cpu")) for _ in range(2))
     quicken(ours)
     assert unpadded(ours, 32) and head_of(ours)
     rows = [Example([*range(n, 2 * n + 3)], [0, *[1] * (n + 2)]) for n in (3, 9, 14)]
-    batch = collate(rows, 1)
-    logits = theirs(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    targets = batch["labels"][:, 1:].flatten()
-    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
-    found = loss_sum(ours, collate_flat(rows, 1))
-    expected.backward()
-    found.backward()
-    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    learn_alike(theirs, ours, rows)
     pairs = [(one.grad, other.grad) for one, other in zip(theirs.parameters(), ours.parameters(), strict=True)]
     learnt = [(one, other) for one, other in pairs if one is not None]
     assert len(learnt) == 2 * len(quant.quantized(ours))

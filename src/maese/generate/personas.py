@@ -195,12 +195,8 @@ def open_company(what: str | Path | runs.Run, personas: Sequence[str] = ()) -> C
     run = what if isinstance(what, runs.Run) else as_run(str(what))
     found = [find(name) for name in personas]  # a name that is misspelt is told before a model is opened
     writer = open_writer(what)
-    if run is None:
-        folder = load.resolve(str(what))
-        below = adapter.base_of(folder) if adapter.is_adapter(folder) else folder
-    else:
-        folder = run.final
-        below = adapter.base_of(folder, run.recipe().base) if adapter.is_adapter(folder) else folder
+    folder, base = (load.resolve(str(what)), None) if run is None else (run.final, run.recipe().base)
+    below = adapter.base_of(folder, base) if adapter.is_adapter(folder) else folder
     # What was typed, unless it is a path: then what it calls itself.
     typed = str(what) if not isinstance(what, runs.Run) and "/" not in str(what) else ""
     company = Company(writer, typed or writer.name or folder.resolve().name, below, run)

@@ -1,7 +1,7 @@
 """A base in 4 bits, which stays as it is while adapters over it learn: QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
 
     model = load_quantized(folder, "bf16", "cuda")      a model whose matrices hold half a byte for each number
-    weight_bytes(model)                                 (1048576, 270336): in 16 bits they would be, and they are
+    quantized(model)                                    its matrices in 4 bits
 
 In:  the folder of a base. Out: a model of transformers where every matrix but the head is of NF4, the 16 values that
 split a normal distribution into equal shares, with a scale for each 64 numbers, itself kept in 8 bits (double
@@ -115,17 +115,3 @@ def quantized(model: Any) -> list[Any]:
     # Its own and not what is inside it: an adapter shows the weight of its matrix as if it were its own.
     own = ((part, part._parameters.get("weight")) for part in model.modules())
     return [part for part, weight in own if getattr(weight, "quant_state", None) is not None]
-
-
-def weight_bytes(model: Any) -> tuple[int, int]:
-    """Bytes of the quantized matrices as they would be in 16 bits, and as they are, scales and tables counted."""
-    layers = quantized(model)
-    whole = sum(2 * math.prod(layer.weight.quant_state.shape) for layer in layers)
-    return whole, sum(_held(layer.weight) for layer in layers)
-
-
-def _held(weight: Any) -> int:
-    state = weight.quant_state
-    parts = [weight.data, state.absmax, state.code, state.offset]
-    parts += [state.state2.absmax, state.state2.code] if state.nested else []
-    return sum(part.numel() * part.element_size() for part in parts if part is not None)
