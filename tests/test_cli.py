@@ -111,6 +111,13 @@ def test_explain(maese):
     assert status == 0 and out.startswith("DATA-02: ") and "ñ" in out
 
 
+def test_explain_says_what_mends_it(maese):
+    """The facts of no case are known: «…» stands for them, and a line of facts alone is left out."""
+    _, out, _ = maese("explain", "PERSONA-01")
+    assert "\n  prueba:     maese chat MODELO --persona …\n" in out and "{" not in out
+    assert "prueba:" not in maese("explain", "MEM-01")[1]
+
+
 # Recipes
 
 

@@ -19,7 +19,7 @@ from maese.cli_data import data, inspect, tokenizer
 from maese.cli_plan import plan
 from maese.cli_use import chat, generate, settings_of, writing_options
 from maese.errors import MaeseError, UsageError
-from maese.say import catalogue, language, say
+from maese.say import catalogue, error_explained, language, say
 from maese.spoken import Group, usage_error
 
 # What a model made from nothing goes through (`stages`), written here so that the help need not read the recipes.
@@ -126,7 +126,7 @@ def explain(code: str | None) -> None:
         for each in codes:
             click.echo(f"{each:<12} {words[f'error.{each}.why'].split('. ')[0].rstrip('.')}")
     elif code.upper() in codes:
-        click.echo(f"{code.upper()}: {say(f'error.{code.upper()}.why')}")
+        click.echo(error_explained(code.upper()))
     else:
         near = difflib.get_close_matches(code, [*codes, *keys], n=1, cutoff=0)
         raise UsageError("USE-08", found=code, nearest=near[0])

@@ -48,6 +48,13 @@ class _Fill(string.Formatter):
         return number(value, int(spec)) if spec else number(value)
 
 
+class _Blank(_Fill):
+    """Every fact as «…»: the sentence of no case in particular."""
+
+    def get_field(self, field_name, args, kwargs):
+        return "…", field_name
+
+
 def say(key: str, /, **facts: object) -> str:
     """The sentence for `key` in the current language.
 
@@ -97,6 +104,16 @@ def quantity(n: float) -> str:
         if n >= size and not (letter == "k" and n < 1e4):
             return f"{number(n / size, 1)} {letter}"
     return number(int(n))
+
+
+def error_explained(code: str) -> str:
+    """Why an error is one and what mends it, with «…» where a case puts its facts."""
+    lines = [f"{code}: " + say(f"error.{code}.why")]
+    for part in ("expected", "try"):
+        body = _Blank().format(catalogue(language()).get(f"error.{code}.{part}", ""))
+        if body.strip("…\n "):
+            lines.append(f"  {say(f'error.label.{part}') + ':':<11} " + body.replace("\n", "\n" + " " * 14))
+    return "\n".join(lines)
 
 
 def error_text(code: str, facts: dict[str, object]) -> str:
