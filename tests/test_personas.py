@@ -479,6 +479,16 @@ def test_an_adapter_whose_files_do_not_go_together(here, tiny, voices, fault):
         assert len({writer.fingerprint() for writer in company.writers.values()}) == 2 + len(guests)
 
 
+def test_an_adapter_without_its_weights(here, tiny, voices):
+    folder = shutil.copytree(voices["gpt2"][0], here / "rota")
+    (folder / adapter.WEIGHTS).unlink()
+    with pytest.raises(MaeseError, match="MODEL-06"):
+        open_company(str(tiny), [str(folder)])
+    (folder / "adapter_model.bin").touch()
+    with pytest.raises(MaeseError, match="MODEL-03"):
+        open_company(str(tiny), [str(folder)])
+
+
 def test_a_way_of_writing_that_a_folder_says_is_told_with_its_file(here, tiny, voices):
     folder = spoilt(voices["gpt2"][0], here / "rota", about={"generate": {"temperature": "alta"}})
     with pytest.raises(MaeseError, match="USE-03") as problem:

@@ -87,9 +87,8 @@ def attach(model: Any, folder: Path, base: Path, name: str | None = None) -> Any
     from peft import PeftConfig, PeftModel
 
     if not (folder / WEIGHTS).is_file():
-        raise MaeseError(
-            "MODEL-03", base=str(folder), files=", ".join(p.name for p in sorted(folder.glob("*.bin"))) or "—"
-        )
+        unsafe = ", ".join(path.name for path in sorted(folder.glob("*.bin")))
+        raise MaeseError("MODEL-03", base=str(folder), files=unsafe) if unsafe else _damaged(folder, f"∅ {WEIGHTS}")
     check_base(folder, base)
     # The tokens that came with it, for which the model may have to grow: only once all the rest is known to fit.
     read_json(folder, CONFIG)
