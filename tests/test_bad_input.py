@@ -422,6 +422,14 @@ def test_a_base_that_is_not_there(fails, maese, receta, tiny, typo):
     assert maese("-qq", *typed(said), "output=bien")[0] == 0
 
 
+@pytest.mark.parametrize("name", ["mi modelo é", "modelo (2)"])
+def test_a_folder_with_odd_letters_can_be_typed_as_it_is_told(fails, maese, receta, tiny, name):
+    shutil.copytree(tiny, f"modelos/{name}")
+    said = fails("MODEL-01", "train", receta, f"base=./modelos/{name}x")
+    assert maese(*typed(said), "--dry-run")[0] == 0 and typed(said)[-1] == f"base=modelos/{name}"
+    assert "'modelos/" in fails("RUN-01", "train", receta, f"output=modelos/{name}")
+
+
 @pytest.mark.parametrize("base", ["nadie/no-existe", "nadie/no-existe@v2", "gpt9", "./nada", "/nada/de/nada", "a/b/c"])
 def test_a_base_of_the_hub_without_network(fails, receta, base):
     assert f"«{base}»" in fails("MODEL-01", "train", receta, f"base={base}")

@@ -441,6 +441,10 @@ def test_no_steps_are_measured_where_they_would_not_fit(maese, recipe, here):
     recipe()
     status, _, talk = maese("plan", "receta.yaml", "train.memory_gib=0.01", "--probe")
     assert status == 1 and "error[PLAN-03]" in talk
+    # What it proposes is of this machine, and of no more than is free.
+    assert repair(talk) == ["RECETA", "train.device=cpu", "--fit", "10MB"]
+    status, _, talk = maese("plan", "receta.yaml", *repair(talk)[1:])
+    assert status == 1 and "error[MEM-05]" in talk
 
 
 def test_a_probe_gives_the_plan_its_time(maese, recipe, here):

@@ -162,4 +162,6 @@ def refuse_probe(shape: Anatomy, recipe: Recipe) -> None:
     needed = told(shape, recipe, here.precision, here.device).needed / 2**30
     free = min(memory_free_gib(here.device), here.room_gib(recipe.train))
     if needed > free:
-        raise MaeseError("PLAN-03", needed=needed, free=free)
+        # What fits is told of a card unless this says otherwise, and never of more than is free.
+        room = max(1, int(free * 2**30 / 1e6))
+        raise MaeseError("PLAN-03", needed=needed, free=free, device=here.device, room=room)
