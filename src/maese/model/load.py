@@ -175,11 +175,11 @@ def load_model(folder: Path, dtype: str = "fp32", **more: Any) -> Any:
     model, info = loaded
     if info["missing_keys"]:  # transformers fills them with random numbers and goes on
         raise MaeseError("MODEL-06", base=str(folder), reason=f"∅ {min(info['missing_keys'])}")
-    # Nor does it mind weights of more layers than the configuration has: it would be another model.
+    # Nor does it mind weights of extra layers than the configuration has: it would be another model.
     known = {_any_number(key) for key in model.state_dict()}
-    more = sorted(key for key in info["unexpected_keys"] if _any_number(key) in known)
-    if more or getattr(model.config, "num_hidden_layers", 1) < 1:
-        raise MaeseError("MODEL-06", base=str(folder), reason=f"config.json ≠ {(more or ['*.safetensors'])[0]}")
+    extra = sorted(key for key in info["unexpected_keys"] if _any_number(key) in known)
+    if extra or getattr(model.config, "num_hidden_layers", 1) < 1:
+        raise MaeseError("MODEL-06", base=str(folder), reason=f"config.json ≠ {(extra or ['*.safetensors'])[0]}")
     return model.eval()
 
 
