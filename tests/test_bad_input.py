@@ -254,6 +254,7 @@ def test_a_misspelt_key(fails, maese, receta):
         ("train.lr=abc", "'abc'", "un número"),
         ("train.lr=99", "99", "≤ 10"),
         ("train.lr=0", "0", "> 0"),
+        ("train.lr=1e400", "inf", "< ∞"),
         ("train.micro_batch=0", "0", "≥ 1"),
         ("train.micro_batch=1,5", "1.5", "un número entero"),
         ("data.format=pdf", "'pdf'", "auto | text | qa"),
@@ -358,6 +359,23 @@ def test_an_unknown_command_proposes_the_one_meant(fails, word, meant):
     assert f"«{word}»" in said and f"maese {meant}" in said
 
 
+@pytest.mark.parametrize("words", [["generate", "Había una vez " * 30, "embedded"], ["chat", "a" * 300]])
+def test_a_prompt_where_the_model_should_be(fails, words):
+    assert words[1][:20] in fails("USE-15", *words, exit=2)
+
+
+def test_a_number_out_of_bounds_is_told_with_them(fails):
+    assert "un número entero, ≥ 8\n" in fails("USE-11", "plan", "--base", "gpt2", "--context", "0", exit=2)
+
+
+def test_the_folder_one_is_in_is_no_new_name(fails, maese, receta):
+    Path("obra").mkdir()
+    put("obra/a.txt", "a")
+    for name in (".", "obra/.."):
+        said = fails("RUN-01", "train", receta, f"output={name}")
+        assert not Path(re.search(r"otro nombre: (\S+)", said)[1]).exists()
+
+
 def test_an_unknown_command_of_a_group(fails):
     assert typed(fails("USE-01", "data", "gt", exit=2)) == ["data", "get"]
 
@@ -402,6 +420,14 @@ def test_a_base_that_is_not_there(fails, maese, receta, tiny, typo):
     said = fails("MODEL-01", "train", receta, f"base={typo}")
     assert typed(said)[-1] == "base=modelos/chiquito"
     assert maese("-qq", *typed(said), "output=bien")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["mi modelo é", "modelo (2)"])
+def test_a_folder_with_odd_letters_can_be_typed_as_it_is_told(fails, maese, receta, tiny, name):
+    shutil.copytree(tiny, f"modelos/{name}")
+    said = fails("MODEL-01", "train", receta, f"base=./modelos/{name}x")
+    assert maese(*typed(said), "--dry-run")[0] == 0 and typed(said)[-1] == f"base=modelos/{name}"
+    assert "'modelos/" in fails("RUN-01", "train", receta, f"output=modelos/{name}")
 
 
 @pytest.mark.parametrize("base", ["nadie/no-existe", "nadie/no-existe@v2", "gpt9", "./nada", "/nada/de/nada", "a/b/c"])
@@ -468,6 +494,13 @@ DAMAGE = {
     "config": lambda folder: (folder / "config.json").write_text("{"),
     "shapes": config(n_embd=64),
     "layers": config(n_layer=3),
+    "fewer layers": config(n_layer=1),
+    "no layers": config(n_layer=-2),
+    "no width": config(n_embd=0),
+    "a number in words": config(n_layer="dos"),
+    "bits that are none": config(dtype="float99"),
+    "a list": lambda folder: (folder / "generation_config.json").write_text("[1]"),
+    "endless": lambda folder: (folder / "config.json").write_text("[" * 100_000),
 }
 
 
@@ -483,6 +516,13 @@ def test_damaged_weights(fails, receta, broken, damage):
 def test_no_tokenizer(fails, receta, broken, names):
     """Also where transformers would make one without a single word."""
     fails("TOKEN-01", "train", receta, broken(without(*names)))
+    fails("TOKEN-01", "generate", "modelo", "Hola")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("left", ["", "{", "[1]", '"x"', "5"])
+def test_a_damaged_tokenizer(fails, receta, broken, name, left):
+    broken(lambda folder: (folder / name).write_text(left))
     fails("TOKEN-01", "generate", "modelo", "Hola")
 
 
@@ -540,6 +580,11 @@ def test_rows_longer_than_the_context_of_the_model(fails, maese, receta):
     said = fails("BATCH-01", "train", receta, "data.max_length=500")
     assert "128 como mucho" in said
     assert maese("-qq", *typed(said), "output=uno")[0] == 0
+
+
+def test_half_a_character_is_written_as_it_can_be(maese, tiny):
+    status, out, _ = maese("generate", tiny, "a\udcffb", "--max-new-tokens", "1")
+    assert status == 0 and out.startswith("a?b")
 
 
 def test_a_prompt_that_does_not_fit(fails, tiny):

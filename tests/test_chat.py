@@ -303,6 +303,49 @@ def test_a_model_of_raw_text_says_that_it_reads_no_voice(talk, tiny):
     assert "no lee mensajes de sistema" in said and out.startswith("En un lugar") and "CHAT-02" in said
 
 
+def test_odd_things_typed_do_not_end_a_conversation(talk, monkeypatch, here):
+    """Names too long, counts that are no count, a house of nobody: each said, and the next question is answered."""
+    monkeypatch.setenv("HOME", str(here / "casa"))
+    odd = ["/persona " + "a" * 300, "/next ²", "/seed 1e400", "/save ~/charla.json", "/save .", "/edit", "/system"]
+    _, said = talk("Hola", *odd, "/save " + "b" * 300, "👩\u200d👧 n\u0303", "/tokens")
+    assert "USE-15" in said and "USE-03" in said and "RUN-01" in said and said.count("tokens/s") == 3
+    assert (here / "casa" / "charla.json").is_file() and not (here / "~").exists()
+    assert "tokens de 128 en la conversación" in said and "BUG" not in said
+
+
+@pytest.mark.parametrize("words", ["CUDA out of memory. Tried to allocate 2 GiB", "otra cosa"])
+def test_where_memory_runs_out_the_conversation_stays(talk, monkeypatch, words, capsys):
+    real, asked = engine.stream_ids, []
+
+    def stream(*given):
+        asked.append(1)
+        if len(asked) == 2:
+            raise RuntimeError(words)
+        yield from real(*given)
+
+    monkeypatch.setattr(engine, "stream_ids", stream)
+    if words == "otra cosa":
+        with pytest.raises(AssertionError, match="BUG-01"):
+            talk("Hola", "¿Y?", "Bien")
+        return
+    _, said = talk("Hola", "¿Y?", "Bien", "/save charla.json")
+    assert "MEM-06" in said and said.count("tokens/s") == 2
+    assert [m["content"] for m in json.loads(Path("charla.json").read_text("utf-8"))["messages"]][::2] == [
+        "Hola",
+        "Bien",
+    ]
+
+
+def test_half_a_character_in_a_voice_is_written_down(talk):
+    talk("Hola", flags=("--system", "Habla \udcff.", "--save", "charla.json"))
+    assert json.loads(Path("charla.json").read_text("utf-8"))["voices"]["ana"] == "Habla ?."
+
+
+def test_a_voice_longer_than_the_context_is_said_and_can_be_taken_away(talk):
+    _, said = talk("Hola", "/system -", "Hola", flags=("--system", "muy larga " * 200))
+    assert "GEN-01" in said and "/system -" in said.split("system = -")[0] and said.count("tokens/s") == 1
+
+
 @pytest.mark.parametrize("line", ["/retry", "/edit otra", "/next", "/compare", "/ask-all"])
 def test_commands_about_an_answer_need_one(talk, line):
     assert "CHAT-01" in talk(line)[1]

@@ -87,6 +87,29 @@ def test_a_merge_that_is_wrong_is_found(recipe, bases, here, monkeypatch):
     assert f"maese chat {done.path} " in str(problem.value) and "fp32" not in str(problem.value)
 
 
+@pytest.mark.parametrize(("number", "code"), [(28, "DISK-01"), (30, "DISK-02")])
+def test_a_disk_that_takes_no_more_is_said_and_nothing_stays(here, tiny, monkeypatch, number, code):
+    """safetensors and tokenizers wrap what the system says in words of their own."""
+    from conftest import make_voice
+    from safetensors import SafetensorError
+    from transformers import PreTrainedModel
+
+    make_voice(here / "voz", tiny)
+
+    def full(*_, **__):
+        raise SafetensorError(f"Error while serializing: I/O error: no more (os error {number})")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(MaeseError, match=code):
+        merge("voz", here / "entera")
+    assert not [path for path in here.iterdir() if "entera" in path.name]
+
+
+def test_a_prompt_without_a_word_is_asked_too(recipe, here):
+    done = train(recipe("eval.prompts=['']", "train.max_steps=1"))
+    assert merge(done, here / "copia").tokens == 1
+
+
 def test_a_model_trained_whole_is_written_as_it_is(recipe, here):
     done = train(recipe())
     made = merge(done, here / "copia")

@@ -414,6 +414,101 @@ def test_an_adapter_of_which_a_file_is_cut(here, tiny, voices, name):
             assert problem.value.code == "MODEL-06" and name in str(problem.value)
 
 
+def spoilt(folder, copy, config=None, tensors=None, about=None):
+    """A copy of an adapter with other notes of PEFT's, other tensors or other notes of ours."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, copy)
+    for name, keys in ((adapter.CONFIG, config), (adapter.ABOUT, about)):
+        if keys is not None:
+            kept = json.loads((copy / name).read_text("utf-8"))
+            kept = keys if keys == {} else {key: value for key, value in (kept | keys).items() if value != "gone"}
+            (copy / name).write_text(json.dumps(kept), encoding="utf-8")
+    if tensors:
+        found = tensors(load_file(copy / adapter.WEIGHTS))
+        save_file(found, copy / adapter.WEIGHTS, metadata={"format": "pt"})
+    return str(copy)
+
+
+def with_first(change):
+    """The tensors of an adapter with the first one changed, or without it."""
+
+    def change_first(tensors):
+        name = min(tensors)
+        new = change(tensors.pop(name))
+        return tensors | ({} if new is None else {name: new})
+
+    return change_first
+
+
+SPOILT = {
+    "rank 0": {"config": {"r": 0}},
+    "rank of letters": {"config": {"r": "abc"}},
+    "another rank": {"config": {"r": 3}},
+    "no target": {"config": {"target_modules": ["q_proj"]}},
+    "fewer targets": {"config": {"target_modules": ["c_attn"]}},
+    "no kind of PEFT's": {"config": {"peft_type": "XYZ"}},
+    "no kind": {"config": {"peft_type": "gone"}},
+    "nothing": {"config": {}},
+    "NaN": {"tensors": with_first(lambda tensor: tensor * float("nan"))},
+    "infinite": {"tensors": with_first(lambda tensor: tensor.fill_(float("inf")))},
+    "half a pair": {"tensors": with_first(lambda tensor: None)},
+    "no tensors": {"tensors": lambda tensors: {}},
+    "ways that are a list": {"about": {"generate": [1]}},
+    "a name that is a number": {"about": {"name": 5}},
+    "examples that are a number": {"about": {"examples": 5}},
+}
+
+
+@pytest.mark.parametrize("fault", SPOILT)
+def test_an_adapter_whose_files_do_not_go_together(here, tiny, voices, fault):
+    """All of it JSON and safetensors, and of no use: it is said, and those who speak over the base go on unchanged."""
+    folder = spoilt(voices["gpt2"][0], here / "rota", **SPOILT[fault])
+    with pytest.raises(MaeseError, match="MODEL-06"):
+        open_writer(folder)
+    for guests in ([], [str(voices["gpt2"][1])]):
+        company = open_company(str(tiny), guests)
+        before = [company.model, company.generate("Hola", temperature=0.0, max_new_tokens=8).text, *company.writers]
+        prints = [writer.fingerprint() for writer in company.writers.values()]
+        with pytest.raises(MaeseError, match="MODEL-06"):
+            company.add(folder)
+        after = [company.model, company.generate("Hola", temperature=0.0, max_new_tokens=8).text, *company.writers]
+        assert before == after and prints == [writer.fingerprint() for writer in company.writers.values()]
+        assert [writer.name for writer in company.personas] == ["blas"][: len(guests)]
+        assert company.add(str(voices["gpt2"][2])).generate("Hola", max_new_tokens=2).persona == "carla"
+        assert len({writer.fingerprint() for writer in company.writers.values()}) == 2 + len(guests)
+
+
+def test_an_adapter_without_its_weights(here, tiny, voices):
+    folder = shutil.copytree(voices["gpt2"][0], here / "rota")
+    (folder / adapter.WEIGHTS).unlink()
+    with pytest.raises(MaeseError, match="MODEL-06"):
+        open_company(str(tiny), [str(folder)])
+    (folder / "adapter_model.bin").touch()
+    with pytest.raises(MaeseError, match="MODEL-03"):
+        open_company(str(tiny), [str(folder)])
+
+
+def test_a_way_of_writing_that_a_folder_says_is_told_with_its_file(here, tiny, voices):
+    folder = spoilt(voices["gpt2"][0], here / "rota", about={"generate": {"temperature": "alta"}})
+    with pytest.raises(MaeseError, match="USE-03") as problem:
+        open_writer(folder)
+    assert "temperature" in str(problem.value) and adapter.ABOUT in str(problem.value)
+
+
+@pytest.mark.parametrize("how", [{"temperature": 0.0}, {"temperature": 1.0}])
+def test_a_base_that_gives_no_numbers_is_told(tiny, how):
+    import torch
+
+    writer = open_writer(str(tiny))
+    with torch.no_grad():
+        writer.model.transformer.ln_f.weight[0] = float("nan")
+    with pytest.raises(MaeseError, match="GEN-02"):
+        writer.generate("Hola", **how)
+    with pytest.raises(MaeseError, match="GEN-02"):
+        write_many([writer], [writer.prompt_ids("Hola")], [writer.with_settings(how)])
+
+
 def test_an_adapter_of_another_shape_without_notes(here, tiny, tiny_llama, voices):
     """It is refused before anything is put on the model, which goes on as it was."""
     make_model(here / "ancho", wide=64)

@@ -332,6 +332,26 @@ def test_what_cannot_be_planned_says_why(maese, code):
     assert status in (1, 2) and out == "" and f"error[{code}]" in talk
 
 
+NONE_OF = {
+    "n_layer": [0, -2, 1e400, "doce", None],
+    "vocab_size": [0],
+    "n_embd": [0],
+    "n_positions": [0],
+    "n_inner": [[1]],
+}
+
+
+@pytest.mark.parametrize("key", NONE_OF)
+def test_a_configuration_that_makes_no_model_is_said(maese, here, key):
+    whole = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64, "vocab_size": 320}
+    for value in NONE_OF[key]:
+        (here / "config.json").write_text(json.dumps(whole | {key: value}))
+        status, _, talk = maese("plan", "--base", here)
+        assert status == 1 and "error[MODEL-06]" in talk and "config.json" in talk, value
+    (here / "config.json").write_text("[" * 100_000)
+    assert "error[MODEL-06]" in maese("plan", "--base", here)[2]
+
+
 def repair(talk: str) -> list[str]:
     """The words of the plan that an error says to try."""
     return shlex.split(re.search(r"maese plan (.*)", talk)[1])
@@ -347,6 +367,13 @@ def test_a_card_too_small_is_told_what_would_be_enough(maese):
     # Of a model made from nothing, the same one, and not another whose name is that of its folder.
     _, _, talk = maese("plan", "minigpt", "size=mini", "--fit", "1MB")
     assert repair(talk) == ["minigpt", "size=mini"] and "pretrain" in talk
+
+
+def test_rows_too_long_for_a_model_of_stages_are_told_by_their_own_key(maese):
+    _, _, talk = maese("plan", "minigpt", "size=nano", "--context", "2000")
+    key = re.search(r"maese train RECETA (\S+)", talk)[1]
+    assert "BATCH-01" in talk and key == "pretrain.data.max_length=256"
+    assert maese("plan", "minigpt", "size=nano", key, "instruct.data.max_length=256")[0] == 0
 
 
 def test_where_no_card_is_enough_a_smaller_base_is_proposed(maese, tmp_path):
@@ -414,6 +441,10 @@ def test_no_steps_are_measured_where_they_would_not_fit(maese, recipe, here):
     recipe()
     status, _, talk = maese("plan", "receta.yaml", "train.memory_gib=0.01", "--probe")
     assert status == 1 and "error[PLAN-03]" in talk
+    # What it proposes is of this machine, and of no more than is free.
+    assert repair(talk) == ["RECETA", "train.device=cpu", "--fit", "10MB"]
+    status, _, talk = maese("plan", "receta.yaml", *repair(talk)[1:])
+    assert status == 1 and "error[MEM-05]" in talk
 
 
 def test_a_probe_gives_the_plan_its_time(maese, recipe, here):

@@ -170,7 +170,13 @@ def test_what_could_mean_two_things_is_refused(change, code):
 
 @pytest.mark.parametrize(
     ("change", "value"),
-    [("output=2026.10", "2026.10"), ("output=007", "007"), ("train.max_steps=1e3", 1000), ("train.lr=0,001", 0.001)],
+    [
+        ("train.seed=9007199254740993", 9007199254740993),
+        ("output=2026.10", "2026.10"),
+        ("output=007", "007"),
+        ("train.max_steps=1e3", 1000),
+        ("train.lr=0,001", 0.001),
+    ],
 )
 def test_what_is_written_is_what_is_meant(change, value):
     found = recipes.load("quijote", [change]).model_dump()

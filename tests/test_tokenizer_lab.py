@@ -286,6 +286,14 @@ def test_what_cannot_be_trained_is_said_and_leaves_nothing(tmp_path, code, size,
     assert [p.name for p in tmp_path.rglob("*")] == (["t", "mine.txt"] if there else [])
 
 
+def test_a_text_of_one_letter_gives_a_vocabulary_of_bytes(tmp_path):
+    """What the error proposes can be done: the bytes and the specials are a vocabulary, if a poor one."""
+    with pytest.raises(MaeseError, match="TOKEN-04") as problem:
+        train_tokenizer(["a"], 8000, tmp_path / "t")
+    made = problem.value.facts["made"]
+    assert opened(train_tokenizer(["a"], made, tmp_path / "t")).decode([made - 1]) and made == 256 + len(SPECIALS)
+
+
 # Comparing
 
 

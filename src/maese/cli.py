@@ -20,7 +20,7 @@ from maese.cli_plan import plan
 from maese.cli_use import chat, generate, settings_of, writing_options
 from maese.errors import MaeseError, UsageError
 from maese.say import catalogue, error_explained, language, say
-from maese.spoken import Group, usage_error
+from maese.spoken import Group, too_long, usage_error
 
 # What a model made from nothing goes through (`stages`), written here so that the help need not read the recipes.
 STAGES = ("data", "tokenizer", "pretrain", "instruct", "evaluate", "report")
@@ -173,6 +173,10 @@ def _make(ctx: click.Context, pipeline: Any, first: str | None, last: str | None
     from maese import run as runs
     from maese import stages, terminal, terminal_stages
 
+    if first and last and STAGES.index(last) < STAGES.index(first):
+        later = " | ".join(STAGES[STAGES.index(first) :])
+        raise UsageError("USE-11", name="--until", command=ctx.command_path, expected=later)
+    stages.refuse_longer(pipeline)  # before anything that was done is thrown away
     terminal_stages.show_sizes(pipeline, **ctx.obj)
     if first and run is None:
         run = runs.find(pipeline.output or pipeline.name)
@@ -295,6 +299,8 @@ def export(ctx: click.Context, run: str, folder: Path, dtype: str, base: str | N
 
 def run(arguments: list[str]) -> int:
     """The whole command line: runs it and turns what went wrong into words. Returns the exit code."""
+    if hasattr(sys.stdout, "reconfigure"):  # half a character, or one that the console does not have, ends nothing
+        sys.stdout.reconfigure(errors="replace")
     try:
         ended = cli.main(arguments, prog_name="maese", standalone_mode=False)
         return _bye(ended if isinstance(ended, int) else 0)
@@ -310,7 +316,9 @@ def run(arguments: list[str]) -> int:
         # Someone closed the other end (`| head`): there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except Exception:  # nobody foresaw it: a person gets a file to send us, not a traceback
+    except Exception as problem:  # nobody foresaw it: a person gets a file to send us, not a traceback
+        if isinstance(problem, OSError) and (named := too_long(problem)):
+            return _bye(named.exit_code, named)
         import tempfile
         import traceback
 

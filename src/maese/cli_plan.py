@@ -121,7 +121,10 @@ def _planned(asked: Asked) -> list[Planned]:
         whole = pipeline.load(name, changes)
         shape = of_size(shape_of(whole), whole.architecture, whole.dropout)
         first, *_ = whole.trainings  # the others go on from what it learnt
-        return [Planned(each, _checked(getattr(whole, each), shape), shape, each == first) for each in whole.trainings]
+        return [
+            Planned(each, _checked(getattr(whole, each), shape, f"{each}."), shape, each == first)
+            for each in whole.trainings
+        ]
     if name is not None:
         recipe = recipes.load(name, changes)
         shape = open_shape(recipe.base)
@@ -138,12 +141,13 @@ def _planned(asked: Asked) -> list[Planned]:
     return [Planned(recipe.name if name else recipe.base, _checked(recipe, shape), shape, built(recipe.base))]
 
 
-def _checked(recipe: Recipe, shape: Anatomy) -> Recipe:
+def _checked(recipe: Recipe, shape: Anatomy, prefix: str = "") -> Recipe:
     """The recipe, if the model can take it. Errors: BATCH-01 (rows longer than the model takes), ADAPT-02 (targets)."""
     from maese.plan.shape import targeted
 
     if recipe.data.max_length > shape.context:
-        raise MaeseError("BATCH-01", found=recipe.data.max_length, longest=shape.context)
+        key = f"{prefix}data.max_length"
+        raise MaeseError("BATCH-01", key=key, found=recipe.data.max_length, longest=shape.context)
     if recipe.method.adapts:
         targeted(shape, recipe.method.targets)
     return recipe
@@ -158,4 +162,6 @@ def refuse_probe(shape: Anatomy, recipe: Recipe) -> None:
     needed = told(shape, recipe, here.precision, here.device).needed / 2**30
     free = min(memory_free_gib(here.device), here.room_gib(recipe.train))
     if needed > free:
-        raise MaeseError("PLAN-03", needed=needed, free=free)
+        # What fits is told of a card unless this says otherwise, and never of more than is free.
+        room = max(1, int(free * 2**30 / 1e6))
+        raise MaeseError("PLAN-03", needed=needed, free=free, device=here.device, room=room)

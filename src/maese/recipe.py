@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -267,8 +268,11 @@ def scalar(value: Any) -> Any:
     """A number as people write it: `scalar("2e-4")` is 0.0002 and so is «0,0002»; other texts stay."""
     if isinstance(value, str) and NUMBER.fullmatch(value):
         plain = value.replace(",", ".")
+        if re.fullmatch(r"[+-]?\d+", plain):
+            return int(plain)  # a long seed is one and no other
         # `1e3` is a whole number; `1.000` is not, since some would mean one and some a thousand.
-        return int(float(plain)) if "." not in plain and "e-" not in plain.lower() else float(plain)
+        whole = "." not in plain and "e-" not in plain.lower() and math.isfinite(float(plain))
+        return int(float(plain)) if whole else float(plain)
     return value
 
 

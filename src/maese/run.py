@@ -150,11 +150,11 @@ def create(recipe: recipes.Recipe) -> Run:
     if recipe.output:
         path = Path(recipe.output).expanduser()
         if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
-            raise MaeseError("RUN-01", path=str(path), free=str(_free(path)))
+            raise MaeseError("RUN-01", path=str(path), free=str(free(path)))
     else:
         path = Path("runs") / f"{datetime.date.today().isoformat()}-{recipe.name}"
         while True:  # two that start together must not take one name
-            path = _free(path) if path.exists() else path
+            path = free(path) if path.exists() else path
             with contextlib.suppress(FileExistsError), disk(path):
                 path.mkdir(parents=True)
                 break
@@ -216,7 +216,7 @@ def write_whole(path: Path, text: str) -> None:
     with disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{os.getpid()}")
-        with open(draft, "w", encoding="utf-8") as out:
+        with open(draft, "w", encoding="utf-8", errors="replace") as out:  # half a character, as a terminal may give
             out.write(text)
             out.flush()
             os.fsync(out.fileno())
@@ -242,12 +242,23 @@ def disk(path: Path):
     """Turn the system's words about a full or closed disk into ours, wherever something is written."""
     try:
         yield
-    except OSError as problem:
-        if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+    except MaeseError:
+        raise
+    except Exception as problem:
+        number = _number(problem)
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise MaeseError("DISK-01", path=str(path), free=_gigabytes_free(path)) from problem
-        if problem.errno in CLOSED:
+        if number in CLOSED:
             raise MaeseError("DISK-02", path=str(path)) from problem
         raise
+
+
+def _number(problem: Exception) -> int | None:
+    """The system's number for what went wrong, also where safetensors or tokenizers wrap it in words of their own."""
+    if isinstance(problem, OSError) and problem.errno:
+        return problem.errno
+    found = re.search(r"\(os error (\d+)\)", str(problem))
+    return int(found[1]) if found else None
 
 
 def _gigabytes_free(path: Path) -> float:
@@ -257,8 +268,11 @@ def _gigabytes_free(path: Path) -> float:
     return shutil.disk_usage(existing).free / 2**30
 
 
-def _free(path: Path, ending: str = "") -> Path:
+def free(path: Path, ending: str = "") -> Path:
     """The first name of the row `x-2`, `x-3`, … that nobody has taken; with an ending, `x-2.json`."""
+    if path.name in ("", ".."):  # `.` has no name to put a number after
+        path = Path(os.path.abspath(path))
+        path = path if path.name else path / "maese"
     stem = path.name.removesuffix(ending)
     return next(p for i in range(2, 10_000) if not (p := path.with_name(f"{stem}-{i}{ending}")).exists())
 
@@ -266,7 +280,7 @@ def _free(path: Path, ending: str = "") -> Path:
 def refuse_taken(path: Path) -> None:
     """RUN-01, with a name that is free, where there is something already."""
     if path.exists():
-        raise MaeseError("RUN-01", path=str(path), free=str(_free(path, path.suffix if path.is_file() else "")))
+        raise MaeseError("RUN-01", path=str(path), free=str(free(path, path.suffix if path.is_file() else "")))
 
 
 def _started(pid: int) -> float | None:

@@ -6,6 +6,7 @@ Click's own translations cover part of what it says; here all of it comes from t
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 from typing import Any
 
@@ -124,8 +125,7 @@ def usage_error(problem: click.ClickException) -> UsageError:
     if isinstance(problem, click.BadParameter):
         name = problem.param.opts[-1] if problem.param else "?"
         kind = getattr(problem.param.type, "choices", None) if problem.param else None
-        plain = problem.param.type.name if problem.param else "?"
-        expected = " | ".join(kind) if kind else say(f"type.{plain}") if has(f"type.{plain}") else plain
+        expected = " | ".join(kind) if kind else _wanted(problem.param.type) if problem.param else "?"
         return UsageError("USE-11", name=name, command=path, expected=expected)
     if isinstance(problem, click.exceptions.NoSuchCommand):
         word, known = problem.command_name, getattr(problem.ctx.command, "commands", {}) if problem.ctx else {}
@@ -135,6 +135,21 @@ def usage_error(problem: click.ClickException) -> UsageError:
     words = re.search(r"\((.+)\)", problem.format_message())
     name = getattr(problem, "option_name", None) or (words.group(1) if words else problem.format_message())
     return UsageError("USE-10", name=name, command=path)
+
+
+def _wanted(kind: click.ParamType) -> str:
+    """What a type takes, in words, with its bounds: «un número entero, ≥ 8»."""
+    plain = kind.name.removesuffix(" range")
+    bounds = {"≥": getattr(kind, "min", None), "≤": getattr(kind, "max", None)}
+    said = [f"{sign} {value}" for sign, value in bounds.items() if value is not None]
+    return ", ".join([say(f"type.{plain}") if has(f"type.{plain}") else plain, *said])
+
+
+def too_long(problem: OSError) -> UsageError | None:
+    """USE-15 for a name that no system takes; None for any other trouble with files."""
+    if problem.errno != errno.ENAMETOOLONG:
+        return None
+    return UsageError("USE-15", found=str(problem.filename)[:40])
 
 
 def _options(ctx: click.Context | None) -> list[str]:

@@ -20,6 +20,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,10 @@ def make(
     """Do the stages from `first` to `last`. What they had left is made anew; what comes before them is kept.
 
     `watcher()` gives what shows one training; `tell(stage, facts)` hears of every stage that ends.
-    Errors: RUN-07 (a stage before `first` was never done), DIST-05 (several processes), and those of each stage.
+    Errors: RUN-07 (a stage before `first` was never done), DIST-05 (several processes), BATCH-01 (rows longer than the
+    model takes), Interrupted (RUN-06 in a training, RUN-08 in any other stage), and those of each stage.
     """
+    refuse_longer(pipeline)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         problem = MaeseError("DIST-05", name=pipeline.name, run=str(run.path) if run else f"runs/…-{pipeline.name}")
         problem.agreed = True  # each of them finds it: the first says it
@@ -60,11 +63,13 @@ def make(
         run.write("environment.json", runs.environment())
     else:
         run.open_for_writing()
+    doing = first
     try:
         for stage in STAGES[: STAGES.index(first)]:
             if stage in _stages(pipeline) and not done(run, stage):
                 raise MaeseError("RUN-07", stage=stage, run=str(run.path), first=first)
         for stage in (stage for stage in _stages(pipeline) if stage in wanted):
+            doing = stage
             if not done(run, stage):
                 run.write("state.json", {"status": "training", "stage": stage})
                 DO[stage](run, pipeline, watcher)
@@ -77,6 +82,9 @@ def make(
     except MaeseError as problem:
         run.write("state.json", {"status": "error", "code": problem.code})
         raise
+    except KeyboardInterrupt:  # no training was at work that would save first: the stage is done again
+        run.write("state.json", {"status": "interrupted"})
+        raise Interrupted("RUN-08", signal.SIGINT, stage=doing, run=str(run.path)) from None
     finally:
         run.close()
     return run
@@ -102,13 +110,21 @@ def _products(run: Run, stage: str) -> list[Path]:
         "data": ["data", "counts.json"],
         "tokenizer": ["tokenizer", "base", "tokenizers.json"],
         "evaluate": ["scores.json"],
-        "report": ["report"],
+        "report": ["report", "report/index.html"],
     }
     return [run.path / name for name in names.get(stage, [stage])]
 
 
 def _stages(pipeline: Pipeline) -> list[str]:
     return [stage for stage in STAGES if stage not in TRAININGS or stage in pipeline.trainings]
+
+
+def refuse_longer(pipeline: Pipeline) -> None:
+    """BATCH-01 where rows would be longer than the model takes: before the stages that come first take their time."""
+    longest = shape_of(pipeline).context
+    for training in pipeline.trainings:
+        if (found := getattr(pipeline, training).data.max_length) > longest:
+            raise MaeseError("BATCH-01", key=f"{training}.data.max_length", found=found, longest=longest)
 
 
 def shape_of(pipeline: Pipeline) -> Shape:
@@ -140,6 +156,8 @@ def gather_data(run: Run, pipeline: Pipeline, _watcher: Any) -> None:
     counts = {}
     for training in pipeline.trainings:
         data, counts[training] = gather(getattr(pipeline, training).data, run.path / "data" / training)
+        if not data.sources:  # a recipe has some: nothing of them was worth learning
+            raise MaeseError("DATA-05", path=counts[training][0]["source"])
         said = data.model_dump(include={"sources", "clean", "dedup", "format"})
         for source in said["sources"]:
             source["path"] = str(Path(source["path"]).relative_to(run.path))
@@ -153,8 +171,8 @@ def make_tokenizer(run: Run, pipeline: Pipeline, _watcher: Any) -> None:
     from maese.tokens.compare import compare
     from maese.tokens.train import train_tokenizer
 
-    for name in ("tokenizer", "base"):
-        shutil.rmtree(run.path / name, ignore_errors=True)
+    for path in (run.path / "tokenizer", run.path / "base", *run.path.glob(".tokenizer.*")):
+        shutil.rmtree(path, ignore_errors=True)
     datas = [data_of(run, pipeline, training) for training in pipeline.trainings]
     shape, folder = shape_of(pipeline), run.path / "tokenizer"
     names = [source.name for data in datas for source in data.sources]
@@ -182,13 +200,18 @@ def make_base(run: Run, pipeline: Pipeline) -> None:
     """The model that knows nothing, of the shape asked for; one of another shape that is there is put aside."""
     from maese.model.build import build
 
-    folder, shape = run.path / "base", shape_of(pipeline)
-    wanted = shape.__dict__ | pipeline.model_dump(include={"architecture", "dropout", "seed"})
+    folder, shape, wanted = run.path / "base", shape_of(pipeline), _made_of(pipeline)
     if folder.exists() and run.read("base/shape.json") == wanted:
         return
-    shutil.rmtree(folder, ignore_errors=True)
+    for path in (folder, *run.path.glob(".base.*")):  # the latter a process that died half way left
+        shutil.rmtree(path, ignore_errors=True)
     build(shape, pipeline.architecture, run.path / "tokenizer", folder, pipeline.seed, pipeline.dropout)
     run.write("base/shape.json", wanted)
+
+
+def _made_of(pipeline: Pipeline) -> dict[str, Any]:
+    """What decides the first weights of a model."""
+    return shape_of(pipeline).__dict__ | pipeline.model_dump(include={"architecture", "dropout", "seed"})
 
 
 def _known() -> list[str]:
@@ -204,13 +227,32 @@ def train(run: Run, pipeline: Pipeline, watcher: Any, training: str) -> None:
     from maese.train import loop
 
     part = Run(run.path / training)
-    if training == TRAININGS[0] and not (part.path / "recipe.yaml").exists():
+    begun = (part.path / "recipe.yaml").exists()
+    if begun:
+        _refuse_changed(run, pipeline, part)
+    elif not part.holder():  # killed before its recipe was there, it left an empty folder that would be in the way
+        shutil.rmtree(part.path, ignore_errors=True)
+    if training == TRAININGS[0] and not begun:
         make_base(run, pipeline)
     with watcher() as watch:
-        if (part.path / "recipe.yaml").exists():
+        if begun:
             loop.resume(part, watch=watch)
         else:
             loop.train(recipe_of(run, pipeline, training), watch=watch)
+
+
+def _refuse_changed(run: Run, pipeline: Pipeline, part: Run) -> None:
+    """RESUME-05 where the recipe of the whole now asks of a training half done what it was not begun with."""
+    from maese.train.checkpoint import refusals
+
+    name = part.path.name
+    before, now = (recipe.model_dump(mode="json") for recipe in (part.recipe(), recipe_of(run, pipeline, name)))
+    changed = [(f"{name}.{key}", *said) for key, *said in refusals(before, now)]
+    made = run.read("base/shape.json") or {}
+    changed += [(key, made[key], value) for key, value in _made_of(pipeline).items() if made.get(key, value) != value]
+    if changed:
+        then, found = (", ".join(f"{key}: {said[i]}" for key, *said in changed) for i in (0, 1))
+        raise MaeseError("RESUME-05", found=found, then=then, run=str(run.path))
 
 
 def evaluate(run: Run, pipeline: Pipeline, _watcher: Any) -> None:

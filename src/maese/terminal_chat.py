@@ -17,6 +17,7 @@ from typing import Any
 from maese.errors import MaeseError
 from maese.live import shorten
 from maese.say import percent, say
+from maese.spoken import too_long
 from maese.terminal import as_data, fewer, footer, talk
 
 EXIT, HELP = ("/exit", "/quit", "/salir"), ("/help", "/?", "/ayuda")
@@ -28,9 +29,8 @@ def chat(company: Any, settings: dict[str, Any], save: Path | None = None, json:
     """A conversation until `/exit` or the end of the input; with `save`, written there after every turn."""
     from maese.generate.chat import Chat
 
-    for stream in (sys.stdin, sys.stdout):
-        if hasattr(stream, "reconfigure"):  # a byte that is no letter must not end a conversation
-            stream.reconfigure(errors="replace")
+    if hasattr(sys.stdin, "reconfigure"):  # a byte that is no letter must not end a conversation
+        sys.stdin.reconfigure(errors="replace")
     room = Room(Chat(company, **settings), save, json, quiet)
     room.greet()
     while (line := room.hear()) is not None and line not in EXIT:
@@ -38,6 +38,17 @@ def chat(company: Any, settings: dict[str, Any], save: Path | None = None, json:
             room.do(line)
         except MaeseError as problem:
             sys.stderr.write(f"{problem}\n")
+        except OSError as problem:
+            if not (named := too_long(problem)):
+                raise
+            sys.stderr.write(f"{named}\n")
+        except (MemoryError, RuntimeError) as problem:
+            from maese.train.guard import give_back, out_of_memory
+
+            if not out_of_memory(problem):
+                raise
+            give_back()  # what was being written is let go of, and the conversation stays as it was
+            sys.stderr.write(f"{MaeseError('MEM-06')}\n")
         except KeyboardInterrupt:  # of a table or a file half way; a reply keeps what it had
             sys.stderr.write("\n")
 
@@ -197,7 +208,7 @@ class Room:
 
         exchange, places = self.chat.alternatives()
         tokenizer = exchange.writer.tokenizer
-        shown = places[: int(count)] if count.isdigit() else places
+        shown = places[: int(count)] if count.isdecimal() else places
         ids = [token for place in shown for token, _ in ((place.token, 0.0), *place.best)]
         pieces = mask_pieces(Example(ids, [0] * len(ids)), tokenizer)
         whole = {token: piece["text"] for token, piece in zip(ids, pieces, strict=True)}

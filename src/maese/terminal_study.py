@@ -9,7 +9,7 @@ from pathlib import Path
 
 from maese.errors import MaeseError
 from maese.recipe import Source
-from maese.run import write_whole
+from maese.run import disk, free, write_whole
 from maese.say import say
 from maese.terminal import talk
 from maese.terminal_tokens import draw
@@ -36,8 +36,10 @@ def architectures(
     if len({label for _, label in labelled}) < 2:
         raise MaeseError("DATA-23", column=column, where=str(labels), known="—")
     folder = output or _dated("architectures")
-    if folder.exists() and any(folder.iterdir()):
-        raise MaeseError("RUN-01", path=str(folder), free=f"{folder}-2")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise MaeseError("RUN-01", path=str(folder), free=str(free(folder)))
+    with disk(folder):  # now, and not when both have learnt
+        folder.mkdir(parents=True, exist_ok=True)
 
     def tell(kind: str, step: int) -> None:
         if not quiet and not json and (step % 50 == 0 or step == steps):
@@ -60,9 +62,9 @@ def whole_texts(path: str) -> list[str]:
 
 def classes(path: str, column: str) -> list[tuple[str, str]]:
     """First turns with the value of a column. Error: DATA-23 (it is not there)."""
-    return [
-        (texts_of(item)[0], group_of(item, column)) for item in itertools.islice(open_source(Source(path=path)), MOST)
-    ]
+    items = itertools.islice(open_source(Source(path=path)), MOST)
+    pairs = [(texts_of(item)[0], group_of(item, column)) for item in items]
+    return [(text, label) for text, label in pairs if text.strip()]
 
 
 def _dated(name: str) -> Path:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -166,7 +167,7 @@ class Chat:
         if name == "tokens":
             return "chat.tokens", {"used": self.used(), "longest": context_of(self.writer.model)}
         if name == "save":
-            return "chat.saved", {"path": str(self.save(Path(value or "chat.json")))}
+            return "chat.saved", {"path": str(self.save(Path(os.path.expanduser(value or "chat.json"))))}
         if name in SETTINGS:
             return self._set(name, value)
         near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0)

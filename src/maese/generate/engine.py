@@ -228,7 +228,12 @@ def folder_writer(model: Any, tokenizer: Any, folder: Path) -> Writer:
     talks = about.get("format") != "text" and (carried or template in TEMPLATES)
     kind = ("messages", str(template)) if talks else ("text", "plain")
     writer = Writer(model, tokenizer, recipes.Generate(), *kind, name=about.get("name", ""))
-    writer.settings = writer.with_settings(known)
+    try:
+        writer.settings = writer.with_settings(known)
+    except MaeseError as problem:  # nobody typed it: the file that says so is named
+        name = adapter.ABOUT if about.get("generate") else "generation_config.json"
+        facts = problem.facts | {"key": f"{problem.facts['key']} ({folder / name})"}
+        raise MaeseError(problem.code, **facts) from None
     return writer
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from maese.errors import MaeseError
 from maese.recipe import Generate
 
 # Below it the division would overflow, and the likeliest token has all the chance anyway.
@@ -19,11 +20,13 @@ def probabilities(logits_V: Any, settings: Generate, seen: list[int]) -> Any:
     """The distribution (V,) the next token is drawn from; with temperature 0, all of it on the likeliest.
 
     `seen` are the ids so far, prompt included. Repetition penalty: Keskar et al. 2019, arXiv 1909.05858; nucleus
-    (top-p): Holtzman et al. 2019, arXiv 1904.09751.
+    (top-p): Holtzman et al. 2019, arXiv 1904.09751. Error: GEN-02 (the model gives no numbers).
     """
     import torch
 
     logits_V = logits_V.float()
+    if bool(logits_V.isnan().any()):
+        raise MaeseError("GEN-02")
     if settings.repetition_penalty != 1 and seen:
         ids = torch.tensor(sorted(set(seen)), device=logits_V.device)
         some = logits_V[ids]

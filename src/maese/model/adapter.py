@@ -6,6 +6,7 @@ LoRA: Hu et al. 2021, arXiv 2106.09685. The files are PEFT's, so that every tool
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 from pathlib import Path
@@ -18,6 +19,8 @@ from maese.recipe import Method
 from maese.tokens.marks import added
 
 ABOUT, CONFIG, WEIGHTS = "maese.json", "adapter_config.json", "adapter_model.safetensors"
+TEXTS = ("base", "base_sha256", "method", "name", "format", "template")
+KINDS = dict.fromkeys(TEXTS, str) | {"generate": dict, "examples": list}  # of what our notes say
 
 
 def add_lora(model: Any, method: Method, tokenizer: Any = None, new: list[int] | tuple[int, ...] = ()) -> Any:
@@ -76,38 +79,84 @@ def linear_names(model: Any) -> set[str]:
 def attach(model: Any, folder: Path, base: Path, name: str | None = None) -> Any:
     """The model with the adapter of a folder, frozen, beside those it has already if it is given a `name` of its own.
 
-    Errors: ADAPT-01 (trained over other weights), MODEL-03 (unsafe file), MODEL-06 (a file is cut), TOKEN-06 (tokens
-    without their rows), ADAPT-05 (more tokens of its own than one that came before).
+    Errors: ADAPT-01 (trained over other weights), MODEL-03 (unsafe file), MODEL-06 (a file is cut, or they do not go
+    together), TOKEN-06 (tokens without their rows), ADAPT-05 (more tokens of its own than one that came before). After
+    any of them the model is as it was.
     """
     quiet()
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     if not (folder / WEIGHTS).is_file():
-        raise MaeseError(
-            "MODEL-03", base=str(folder), files=", ".join(p.name for p in sorted(folder.glob("*.bin"))) or "—"
-        )
+        unsafe = ", ".join(path.name for path in sorted(folder.glob("*.bin")))
+        raise MaeseError("MODEL-03", base=str(folder), files=unsafe) if unsafe else _damaged(folder, f"∅ {WEIGHTS}")
     check_base(folder, base)
     # The tokens that came with it, for which the model may have to grow: only once all the rest is known to fit.
     read_json(folder, CONFIG)
     tensors, tokenizer = header(folder, WEIGHTS), load_tokenizer(folder) if brings_words(folder) else None
+    try:
+        config: Any = PeftConfig.from_pretrained(str(folder))
+        if config.peft_type is None or not isinstance(rank := getattr(config, "r", 1), int) or rank < 1:
+            raise ValueError(f"peft_type: {config.peft_type}, r: {getattr(config, 'r', 0)}")
+    except (AttributeError, KeyError, TypeError, ValueError) as problem:  # notes that are JSON and say nothing of use
+        raise _damaged(folder, f"{CONFIG}: {problem}") from problem
     if not _fits(model, tensors, len(tokenizer or ())):  # an adapter of another architecture, without our notes
         raise MaeseError("ADAPT-01", adapter=str(folder), expected="—", found=str(base))
     if tokenizer is not None:
         _make_room(model, tokenizer, tensors, folder, base)
+    bare, voice = not isinstance(model, PeftModel), name or "default"
     try:
-        if name is None:
-            return PeftModel.from_pretrained(model, str(folder)).eval()
-        # One of many waits in the bits it was saved in: see voices.speaking.
-        if isinstance(model, PeftModel):
-            model.load_adapter(str(folder), name, torch_device=str(model.device))
-            # Tokens of its own would be at work already, whoever speaks.
-            model.set_adapter(model.active_adapter, inference_mode=True)
+        if bare:
+            adapted: Any = PeftModel.from_pretrained(model, str(folder), voice)
         else:
-            model = PeftModel.from_pretrained(model, str(folder), name)
-        _narrow(model, tensors, name)
-        return model.requires_grad_(False).eval()
-    except RuntimeError as problem:  # what else PEFT finds that does not fit
+            adapted = model
+            adapted.load_adapter(str(folder), voice, torch_device=str(model.device))
+            # Tokens of its own would be at work already, whoever speaks.
+            adapted.set_adapter(adapted.active_adapter, inference_mode=True)
+        if reason := _lost(adapted, tensors, voice):
+            raise _damaged(folder, reason)
+    except MaeseError:
+        _take_off(model, voice, bare)
+        raise
+    except (RuntimeError, ValueError) as problem:  # what else PEFT finds that does not fit
+        _take_off(model, voice, bare)
+        if "base_sha256" in about_adapter(folder):  # it is the right base, so the files are not of one another
+            raise _damaged(folder, f"{CONFIG} ≠ {WEIGHTS}") from problem
         raise MaeseError("ADAPT-01", adapter=str(folder), expected="—", found=str(base)) from problem
+    if name is not None:  # one of many waits in the bits it was saved in: see voices.speaking
+        _narrow(adapted, tensors, name)
+    return adapted.requires_grad_(False).eval()
+
+
+def _damaged(folder: Path, reason: str) -> MaeseError:
+    return MaeseError("MODEL-06", base=str(folder), reason=reason.splitlines()[0][:100])
+
+
+def _lost(model: Any, tensors: dict[str, Any], voice: str) -> str:
+    """What of an adapter's file did not come to the model, or is no number; empty, where all is well.
+
+    PEFT leaves out what has no place and fills what is missing with an adapter that does nothing, without a word.
+    """
+    mark = re.compile(rf"\.{voice}(?=\.|$)")
+    own = {mark.sub("", path): part for path, part in model.named_parameters() if mark.search(path)}
+    pairs = [{key for key in names if re.search(r"\.lora_[AB]\.weight$", key)} for names in (own, tensors)]
+    if different := pairs[0] ^ pairs[1] or (set() if tensors else {"∅"}):
+        return f"{WEIGHTS}: {min(different)}"
+    broken = [path for path, part in own.items() if not bool(part.isfinite().all())]
+    return f"{WEIGHTS}: NaN, {min(broken)}" if broken else ""
+
+
+def _take_off(model: Any, voice: str, bare: bool) -> None:
+    """Leave a model as it was before PEFT failed half way: those that speak over it go on."""
+    if not bare:
+        with contextlib.suppress(KeyError, ValueError):  # it had not come so far
+            model.delete_adapter(voice)
+        model.requires_grad_(False)
+        return
+    for parent in [*model.modules()]:
+        for child, layer in [*parent.named_children()]:
+            if hasattr(layer, "lora_A") or hasattr(layer, "trainable_tokens_delta"):
+                setattr(parent, child, layer.get_base_layer())
+    model.__dict__.pop("peft_config", None)
 
 
 def _fits(model: Any, tensors: dict[str, Any], tokens: int) -> bool:
@@ -175,7 +224,15 @@ def check_base(folder: Path, base: Path) -> None:
 
 
 def about_adapter(folder: Path) -> dict[str, Any]:
-    return read_json(folder, ABOUT)
+    """Our notes of an adapter, or of a model we trained; empty, where there are none.
+
+    Error: MODEL-06 (they cannot be read, or hold a list where there should be a text).
+    """
+    about = {key: value for key, value in read_json(folder, ABOUT).items() if value is not None}
+    for key, kind in KINDS.items():
+        if key in about and not isinstance(about[key], kind):
+            raise _damaged(folder, f"{ABOUT}: {key}: {about[key]}")
+    return about
 
 
 def is_adapter(folder: Path) -> bool:
@@ -194,7 +251,7 @@ def base_of(folder: Path, base: str | None = None) -> Path:
     """
     config = read_json(folder, CONFIG)
     theirs, revision = config.get("base_model_name_or_path"), config.get("revision")
-    if theirs and revision and not Path(theirs).exists():
+    if theirs and revision and not Path(str(theirs)).exists():
         theirs = f"{theirs}@{revision}"
     named = str(base or about_adapter(folder).get("base") or theirs or "")
     if not named or (Path(named).is_absolute() and not Path(named).exists()):

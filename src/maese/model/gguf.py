@@ -66,7 +66,11 @@ def unpacked(file: Path) -> Path:
                 # Another process may have been quicker: both wrote the same. A folder without notes is no model.
                 if not (folder / "config.json").is_file():
                     shutil.rmtree(folder, ignore_errors=True)
-                    os.replace(draft, folder)
+                    try:
+                        os.replace(draft, folder)
+                    except OSError:
+                        if not (folder / "config.json").is_file():
+                            raise
                     sync(folder.parent)
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
@@ -79,7 +83,10 @@ def _sweep(place: Path) -> None:
 
     for draft in place.glob("*.tmp-*"):
         # One of another machine that shares this disk has a number that means nothing here: those are given time.
-        age = time.time() - draft.stat().st_mtime
+        try:
+            age = time.time() - draft.stat().st_mtime
+        except FileNotFoundError:  # whose it was has just given it its name
+            continue
         number = draft.name.rpartition("-")[2]
         if age > ABANDONED and not (number.isdigit() and psutil.pid_exists(int(number))):
             shutil.rmtree(draft, ignore_errors=True)

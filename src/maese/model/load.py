@@ -17,6 +17,7 @@ import sys
 import warnings
 from functools import lru_cache
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from maese.errors import MaeseError
@@ -100,7 +101,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text("utf-8"))
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise MaeseError("MODEL-06", base=str(folder), reason=f"{name}: {problem}"[:80]) from problem
     if not isinstance(found, dict):
         raise MaeseError("MODEL-06", base=str(folder), reason=f"{name}: {type(found).__name__}")
@@ -167,10 +168,24 @@ def load_model(folder: Path, dtype: str = "fp32", **more: Any) -> Any:
         if "mismatched" not in str(problem):
             raise
         raise MaeseError("MODEL-06", base=str(folder), reason="config.json ≠ *.safetensors") from problem
+    except (MemoryError, OSError):
+        raise
+    except Exception as problem:  # a configuration of another kind than it should be raises whatever finds it first
+        raise MaeseError("MODEL-06", base=str(folder), reason=" ".join(str(problem).split())[:100]) from problem
     model, info = loaded
     if info["missing_keys"]:  # transformers fills them with random numbers and goes on
         raise MaeseError("MODEL-06", base=str(folder), reason=f"∅ {min(info['missing_keys'])}")
+    # Nor does it mind weights of extra layers than the configuration has: it would be another model.
+    known = {_any_number(key) for key in model.state_dict()}
+    extra = sorted(key for key in info["unexpected_keys"] if _any_number(key) in known)
+    if extra or getattr(model.config, "num_hidden_layers", 1) < 1:
+        raise MaeseError("MODEL-06", base=str(folder), reason=f"config.json ≠ {(extra or ['*.safetensors'])[0]}")
     return model.eval()
+
+
+def _any_number(key: str) -> str:
+    """The name of a weight whichever layer it is of: `h.3.attn.bias` is `h.#.attn.bias`, with no prefix."""
+    return re.sub(r"\d+", "#", key.removeprefix("transformer.").removeprefix("model."))
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -180,7 +195,8 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as problem:
+    except Exception as problem:  # a damaged file raises whatever the reader of its format does
+        _refuse_config(folder)  # it looks at the configuration of the model too
         raise MaeseError("TOKEN-01", base=str(folder)) from problem
     # From a folder without tokenizer files, transformers makes one that knows no word.
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
@@ -188,6 +204,20 @@ def load_tokenizer(folder: Path) -> Any:
     if tokenizer.eos_token_id is None:
         raise MaeseError("TOKEN-02", base=str(folder))
     return tokenizer
+
+
+def _refuse_config(folder: Path) -> None:
+    """MODEL-06 where a configuration says what none can; another architecture than those known is for `load_model`."""
+    from transformers import AutoConfig
+
+    read_json(folder, "config.json")
+    try:
+        AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError):
+        return
+    except Exception as problem:
+        reason = " ".join(f"config.json: {problem}".split())[:100]
+        raise MaeseError("MODEL-06", base=str(folder), reason=reason) from problem
 
 
 def refuse_rowless(model: Any, tokenizer: Any, folder: Path, new: list[int] | None = None) -> None:
@@ -254,4 +284,4 @@ def quiet() -> None:
 def _nearest(folder: Path) -> str:
     around = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
     near = difflib.get_close_matches(folder.name, around, n=1, cutoff=0.5)
-    return str(folder.parent / near[0]) if near else "embedded"
+    return quote(str(folder.parent / near[0])) if near else "embedded"

@@ -108,7 +108,7 @@ def _ids(tokenizer: Any, prompt: str, longest: int) -> list[int]:
     if getattr(tokenizer, "chat_template", None) is not None:
         ids = open_template("model", tokenizer).prompt_ids((Message("user", prompt),))
     else:
-        ids = opening(tokenizer) + encode(tokenizer, prompt)
+        ids = opening(tokenizer) + encode(tokenizer, prompt) or [tokenizer.eos_token_id]
     return ids[-longest:]
 
 

@@ -52,15 +52,10 @@ def save_final(
 
 
 def _save_weights(model: Any, folder: Path, recipe: Recipe, base: Path, weights: dict[str, Any] | None = None) -> None:
-    from safetensors import SafetensorError
-
-    try:
-        more: dict[str, Any] = {"state_dict": weights} if weights else {}
-        if recipe.method.adapts:  # the rows of new tokens are in the adapter: not the whole embedding, as PEFT would
-            more["save_embedding_layers"] = False
-        model.save_pretrained(folder, safe_serialization=True, **more)
-    except SafetensorError as problem:  # it wraps the system's own words about a full disk
-        raise OSError(28, str(problem)) from problem
+    more: dict[str, Any] = {"state_dict": weights} if weights else {}
+    if recipe.method.adapts:  # the rows of new tokens are in the adapter: not the whole embedding, as PEFT would
+        more["save_embedding_layers"] = False
+    model.save_pretrained(folder, safe_serialization=True, **more)
     place = Path(recipe.base).expanduser()
     in_folder = recipe.base not in INSIDE and place.is_dir()
     in_file = place.suffix == ".gguf" and place.is_file()

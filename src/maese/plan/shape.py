@@ -97,6 +97,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+SIZED = ("layers", "width", "heads", "shared", "head", "inner", "vocabulary", "context")  # no model has none of one
+
+
 def _gpt2(layers: int, width: int, heads: int) -> dict[str, Any]:
     sizes = {"n_layer": layers, "n_embd": width, "n_head": heads, "n_positions": 1024, "vocab_size": 50257}
     return {"model_type": "gpt2", **sizes}
@@ -154,7 +157,7 @@ def built(base: str) -> bool:
 def _read(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text("utf-8"))
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise MaeseError("MODEL-06", base=str(path.parent), reason=f"config.json: {problem}"[:80]) from problem
     if not isinstance(config, dict):
         raise MaeseError("MODEL-06", base=str(path.parent), reason="config.json")
@@ -197,14 +200,18 @@ def of_size(shape: Shape, architecture: Architecture, dropout: float = 0.0) -> A
 
 
 def anatomy(config: dict[str, Any], base: str = "") -> Anatomy:
-    """The anatomy a config.json describes. Errors: PLAN-01 (a family not counted), MODEL-06 (a number is missing)."""
+    """The anatomy a config.json describes. Errors: PLAN-01 (a family not counted), MODEL-06 (sizes of no model)."""
     family = str(config.get("model_type"))
     if family not in DEFAULTS:
         raise MaeseError("PLAN-01", base=base, family=family, known=", ".join(DEFAULTS))
     said = DEFAULTS[family] | {key: value for key, value in config.items() if value is not None}
     try:
-        return _as_gpt2(said) if family == "gpt2" else _as_llama(family, said)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as problem:
+        found = _as_gpt2(said) if family == "gpt2" else _as_llama(family, said)
+        for name in SIZED:
+            if (size := getattr(found, name)) < 1:
+                raise ValueError(f"{name}: {size}")
+        return found
+    except (ArithmeticError, KeyError, TypeError, ValueError) as problem:
         raise MaeseError("MODEL-06", base=base, reason=f"config.json: {problem}"[:80]) from problem
 
 

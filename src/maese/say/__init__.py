@@ -121,7 +121,8 @@ def error_text(code: str, facts: dict[str, object]) -> str:
     from shlex import quote
 
     # What is typed must survive a folder with spaces in its name.
-    typed = {k: quote(v) if k in ("path", "run", "value") and isinstance(v, str) else v for k, v in facts.items()}
+    names = ("path", "run", "value", "adapter", "free")
+    typed = {k: quote(v) if k in names and isinstance(v, str) else v for k, v in facts.items()}
     lines = [f"error[{code}]: " + say(f"error.{code}.title", **facts)]
     for part in ("found", "expected", "try"):
         if has(f"error.{code}.{part}"):

@@ -61,7 +61,7 @@ def prepare(
     BATCH-02 (max_length shorter than the template).
     """
     if data.max_length > longest:
-        raise MaeseError("BATCH-01", found=data.max_length, longest=longest)
+        raise MaeseError("BATCH-01", key="data.max_length", found=data.max_length, longest=longest)
     if data.stride >= data.max_length:
         raise MaeseError("USE-03", key="data.stride", found=str(data.stride), expected=f"< {data.max_length}")
     readings = [read.open_source(source, data.format) for source in data.sources]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -167,7 +167,13 @@ def open_template(name: str, tokenizer: Any, encode_many: Encode | None = None) 
 def _encoder(tokenizer: Any) -> Encode:
     # Not verbose: a whole book is encoded before it is cut, and the warning about its length would be about nothing.
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-    return lambda texts: tokenizer(texts, **options)["input_ids"] if texts else []
+
+    def ids(texts: Sequence[str]) -> list[list[int]]:
+        # A terminal may give half a character, which cannot be spelt in bytes.
+        whole = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+        return tokenizer(whole, **options)["input_ids"] if whole else []
+
+    return ids
 
 
 class Shape(Protocol):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from maese.errors import MaeseError
+from maese.run import free
 from maese.tokens.encode import LLAMA_CPP, PATTERNS
 
 # First, so that their ids never depend on the text. The same six, in the same places, as the embedded model's.
@@ -50,8 +51,8 @@ def train_tokenizer(
     """
     began, seen = time.monotonic(), _Seen(progress)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise MaeseError("RUN-01", path=str(out), free=str(_free(out)))
-    least = len(specials) + 257
+        raise MaeseError("RUN-01", path=str(out), free=str(free(out)))
+    least = len(specials) + 256
     if size < least:
         raise MaeseError("TOKEN-03", size=size, least=least)
     read = seen.reading(texts)
@@ -184,7 +185,3 @@ def _save(tokenizer: Any, out: Path, specials: Sequence[str]) -> None:
     if out.exists():
         out.rmdir()  # empty, as was seen at the start
     draft.rename(out)
-
-
-def _free(path: Path) -> Path:
-    return next(p for n in range(2, 1000) if not (p := path.with_name(f"{path.name}-{n}")).exists())

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+from maese.errors import MaeseError
 from maese.evaluate.likelihood import loss_sum
 from maese.model.load import quiet
 from maese.recipe import Train
@@ -116,12 +117,17 @@ def build(kind: str, vocabulary: int, settings: Study) -> Any:
 
 
 def _rows(texts: Sequence[str], tokenizer: Any, context: int) -> tuple[Any, Any]:
-    """All texts end to end in rows of the context; the last tenth is not learnt: `(N, T)` and `(M, T)`."""
+    """All texts end to end in rows of the context; the last tenth is not learnt: `(N, T)` and `(M, T)`.
+
+    Error: DATA-10 (not even a row for each).
+    """
     import torch
 
     end = [tokenizer.eos_token_id]
     ids = [i for text in texts for i in [*tokenizer(text, add_special_tokens=False)["input_ids"], *end]]
     rows = torch.tensor(ids[: len(ids) // context * context]).view(-1, context)
+    if len(rows) < 2:
+        raise MaeseError("DATA-10", rows=len(rows), tokens=len(ids), needed=2)
     cut = max(1, len(rows) // 10)
     return rows[:-cut], rows[-cut:]
 
