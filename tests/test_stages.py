@@ -13,6 +13,7 @@ import pytest
 from maese import pipeline as panel
 from maese.cli import STAGES as ASKED
 from maese.cli import run as command_line
+from maese.errors import MaeseError
 from maese.model.build import begin, build
 from maese.plan.shape import of_size, parameters
 from maese.plan.sizes import SIZES
@@ -215,6 +216,19 @@ def test_a_change_goes_to_every_training_or_to_the_one_named(workshop):
     assert chosen.instruct.train.lr == 0.5 and chosen.pretrain.train.lr == 1e-3 and chosen.shape.layers == 3
     Path("otra.yaml").write_text(panel.dump(chosen), "utf-8")
     assert panel.load("otra.yaml") == chosen
+
+
+@pytest.mark.parametrize(
+    ("typed", "nearest"),
+    [
+        ("instruct.train.epoch", "instruct.train.epochs"), ("pretrain.train.epoch", "pretrain.train.epochs"),
+        ("train.epoch", "train.epochs"), ("shape.layer", "shape.layers"), ("sise", "size"),
+    ],
+)  # fmt: skip
+def test_a_misspelt_key_is_mended_in_the_training_it_was_meant_for(workshop, typed, nearest):
+    with pytest.raises(MaeseError, match="USE-02") as problem:
+        panel.load("mio.yaml", [f"{typed}=1"])
+    assert problem.value.facts["key"] == typed and problem.value.facts["nearest"] == nearest
 
 
 @pytest.mark.parametrize("name", ["minigpt", "minigpt-classic", "minigpt-hub"])

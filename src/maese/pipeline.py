@@ -16,6 +16,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from maese import recipe as recipes
+from maese.errors import MaeseError
 from maese.recipe import Count, Recipe, Share, Strict
 
 TRAININGS = ("pretrain", "instruct")
@@ -79,7 +80,16 @@ def load(what: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Pipel
     try:
         return Pipeline.model_validate(recipes.numbers(tree))
     except ValidationError as problem:
-        raise recipes.mistake(problem, Pipeline) from None
+        raise _as_typed(recipes.mistake(problem, Pipeline), overrides) from None
+
+
+def _as_typed(problem: MaeseError, overrides: list[str] | tuple[str, ...]) -> MaeseError:
+    """A mistake in a key that went to every training is told as it was typed, `train.lr` and not `pretrain.train.lr`."""
+    stage, _, key = str(problem.facts.get("key")).partition(".")
+    if stage not in TRAININGS or not any(override.startswith(f"{key}=") for override in overrides):
+        return problem
+    told = {name: str(problem.facts[name]).removeprefix(f"{stage}.") for name in ("key", "nearest") & problem.facts.keys()}
+    return MaeseError(problem.code, **(problem.facts | told))
 
 
 def _meant(key: str, tree: dict[str, Any]) -> list[str]:
