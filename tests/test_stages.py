@@ -156,6 +156,20 @@ def test_what_is_done_is_not_done_again_and_from_does_it_anew(workshop):
     assert maese("train", "mio.yaml", "--from", "pretrain", "output=hecho") == 1
 
 
+def test_what_follows_pretraining_is_done_over_the_model_there_is(workshop, capsys):
+    """`train minigpt size=nano` and then `--from instruct`: the recipe still says another size by default."""
+    whole = Path("mio.yaml").read_text("utf-8")
+    assert maese("train", "mio.yaml", "output=hecho", "--until", "pretrain") == 0
+    said = capsys.readouterr().err
+    assert "maese resume hecho" in said and Run("hecho").read("state.json")["status"] == "interrupted"
+    Path("mio.yaml").write_text(whole.replace("size: nano", "size: mini").replace("width: 32", "width: 64"), "utf-8")
+    assert maese("train", "mio.yaml", "output=hecho", "size=base", "--from", "instruct") == 1
+    assert "RUN-08" in capsys.readouterr().err and Path("hecho/pretrain/final").is_dir()
+    assert maese("train", "mio.yaml", "output=hecho", "--from", "instruct", "--until", "instruct") == 0
+    made = panel.load("hecho/recipe.yaml")
+    assert (made.size, made.shape.width) == ("nano", 32) and "▸ nano" in capsys.readouterr().err
+
+
 def test_too_little_text_for_the_vocabulary_is_said_and_the_model_keeps_its_size(workshop, capsys):
     assert maese("train", "mio.yaml", "--until", "tokenizer", "shape.vocabulary=20000", "output=hecho") == 0
     assert "20.000" in capsys.readouterr().err

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +23,7 @@ from maese.recipe import Count, Recipe, Share, Strict
 TRAININGS = ("pretrain", "instruct")
 STAGES = ("data", "tokenizer", *TRAININGS, "evaluate", "report")
 SHARED = ("train", "eval", "generate", "method")
+MADE = ("size", "architecture", "shape", "dropout", "seed", "pretrain")  # what a model is once it is pretrained
 OWN = {"name", "base", "output"}  # of each training: they follow from what it is part of
 
 
@@ -65,6 +67,21 @@ class Pipeline(Strict):
         return [name for name in TRAININGS if getattr(self, name) is not None]
 
 
+def over(asked: Pipeline, made: Pipeline, run: str, first: str, typed: tuple[str, ...]) -> Pipeline:
+    """What is asked of the stages from `first` on, over the model that was made in the folder `run`.
+
+    After pretraining there is a model, and it is the size it is, whatever the recipe says by default. `typed` is the
+    recipe and its changes as they were typed. Error: RUN-08 (one of them is about what is made already).
+    """
+    if STAGES.index(first) <= STAGES.index("pretrain"):
+        return asked
+    for change in typed[1:]:
+        key = change.partition("=")[0].split(".")[0]
+        if key in MADE and getattr(asked, key) != getattr(made, key):
+            raise MaeseError("RUN-08", change=change, run=run, first=first, words=shlex.join(typed))
+    return asked.model_copy(update={key: getattr(made, key) for key in MADE})
+
+
 def is_pipeline(path: Path) -> bool:
     """Whether a recipe file describes several trainings and not one."""
     return "pretrain" in recipes.tree_of(path)
@@ -84,11 +101,13 @@ def load(what: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Pipel
 
 
 def _as_typed(problem: MaeseError, overrides: list[str] | tuple[str, ...]) -> MaeseError:
-    """A mistake in a key that went to every training is told as it was typed, `train.lr` and not `pretrain.train.lr`."""
+    """A mistake in a key that went to every training is told as it was typed: `train.lr`, not `pretrain.train.lr`."""
     stage, _, key = str(problem.facts.get("key")).partition(".")
     if stage not in TRAININGS or not any(override.startswith(f"{key}=") for override in overrides):
         return problem
-    told = {name: str(problem.facts[name]).removeprefix(f"{stage}.") for name in ("key", "nearest") & problem.facts.keys()}
+    told = {
+        name: str(problem.facts[name]).removeprefix(f"{stage}.") for name in ("key", "nearest") & problem.facts.keys()
+    }
     return MaeseError(problem.code, **(problem.facts | told))
 
 
