@@ -319,6 +319,37 @@ def test_a_missing_key(fails, text, key):
     assert f"le falta {key}\n" in fails("USE-07", "train", "corta.yaml")
 
 
+def test_a_repair_is_made_of_what_was_typed(fails, maese, receta):
+    """What is pasted does what was meant: the same command, recipe and changes, with the mistake mended."""
+    said = fails("USE-02", "train", receta, "train.lrr=2e-4", "train.epochs=2")
+    assert typed(said) == ["train", receta, "train.epochs=2", "train.lr=0.0002"]
+    assert typed(fails("USE-03", "train", receta, "data.format=pdf")) == ["train", receta, "--dry-run"]
+    assert typed(fails("USE-05", "plan", "quijot", "train.epochs=1")) == ["plan", "quijote", "train.epochs=1"]
+    said = fails("BATCH-01", "plan", "--base", "gpt2", "--method", "lora", "--context", "4096")
+    assert typed(said) == ["plan", "--base", "gpt2", "--method", "lora", "data.max_length=1024"]
+    assert maese(*typed(said))[0] == 0
+    assert typed(fails("USE-08", "explain", "train.lrr", exit=2)) == ["explain", "train.lr"]
+    assert typed(fails("RUN-02", "train", "minigpt", "--from", "instruct")) == ["train", "minigpt"]
+
+
+def test_a_misspelt_personality_is_told_the_one_that_was_meant(fails):
+    said = fails("RUN-02", "chat", "sokratico")
+    assert typed(said) == ["chat", "socratico"] and "embedded-instruct" in said
+    words = ["embedded-instruct", "--persona", "socratco"]
+    assert typed(fails("PERSONA-01", "chat", *words)) == ["chat", *words[:2], "socratico"]
+
+
+def test_an_error_is_cut_between_words_and_its_command_is_not(monkeypatch):
+    from maese.errors import MaeseError
+    from maese.terminal import fold_error
+
+    monkeypatch.setenv("COLUMNS", "60")
+    said = str(MaeseError("USE-05", name="x" * 9, known=", ".join(["minigpt-classic"] * 9), nearest="y" * 60))
+    lines = fold_error(said).splitlines()
+    assert " ".join(" ".join(lines).split()) == " ".join(said.split())
+    assert all(len(line) < 60 for line in lines if "maese " not in line) and any("y" * 60 in line for line in lines)
+
+
 # The command line
 
 

@@ -269,7 +269,12 @@ def test_phi_2_is_planned_at_full_size_in_a_second_without_torch():
 
 @pytest.mark.parametrize("lang", ["es", "en"])
 def test_a_plan_reads_well_in_eighty_columns(maese, monkeypatch, lang):
-    for words in (("pokemon", "base=gpt2-xl"), ("minigpt", "size=mini"), ("--base", "gpt2-xl", "--batch", "8x2")):
+    for words in (
+        ("tutor-phi2",),
+        ("pokemon", "base=gpt2-xl"),
+        ("minigpt", "size=mini"),
+        ("--base", "gpt2-xl", "--batch", "8x2"),
+    ):
         code, out, _ = maese("--lang", lang, "plan", *words)
         assert code == 0 and max(map(len, out.splitlines())) <= 80, max(out.splitlines(), key=len)
         assert re.search(r"80 GB .*✓", out)

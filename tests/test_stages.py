@@ -14,6 +14,7 @@ import pytest
 from maese import pipeline as panel
 from maese.cli import STAGES as ASKED
 from maese.cli import run as command_line
+from maese.errors import MaeseError
 from maese.model.build import begin, build
 from maese.plan.shape import of_size, parameters
 from maese.plan.sizes import SIZES
@@ -156,6 +157,20 @@ def test_what_is_done_is_not_done_again_and_from_does_it_anew(workshop):
     assert maese("train", "mio.yaml", "--from", "pretrain", "output=hecho") == 1
 
 
+def test_what_follows_pretraining_is_done_over_the_model_there_is(workshop, capsys):
+    """`train minigpt size=nano` and then `--from instruct`: the recipe still says another size by default."""
+    whole = Path("mio.yaml").read_text("utf-8")
+    assert maese("train", "mio.yaml", "output=hecho", "--until", "pretrain") == 0
+    said = capsys.readouterr().err
+    assert "maese resume hecho" in said and Run("hecho").read("state.json")["status"] == "interrupted"
+    Path("mio.yaml").write_text(whole.replace("size: nano", "size: mini").replace("width: 32", "width: 64"), "utf-8")
+    assert maese("train", "mio.yaml", "output=hecho", "size=base", "--from", "instruct") == 1
+    assert "RUN-09" in capsys.readouterr().err and Path("hecho/pretrain/final").is_dir()
+    assert maese("train", "mio.yaml", "output=hecho", "--from", "instruct", "--until", "instruct") == 0
+    made = panel.load("hecho/recipe.yaml")
+    assert (made.size, made.shape.width) == ("nano", 32) and "▸ nano" in capsys.readouterr().err
+
+
 def test_too_little_text_for_the_vocabulary_is_said_and_the_model_keeps_its_size(workshop, capsys):
     assert maese("train", "mio.yaml", "--until", "tokenizer", "shape.vocabulary=20000", "output=hecho") == 0
     assert "20.000" in capsys.readouterr().err
@@ -296,6 +311,19 @@ def test_a_change_goes_to_every_training_or_to_the_one_named(workshop):
     assert chosen.instruct.train.lr == 0.5 and chosen.pretrain.train.lr == 1e-3 and chosen.shape.layers == 3
     Path("otra.yaml").write_text(panel.dump(chosen), "utf-8")
     assert panel.load("otra.yaml") == chosen
+
+
+@pytest.mark.parametrize(
+    ("typed", "nearest"),
+    [
+        ("instruct.train.epoch", "instruct.train.epochs"), ("pretrain.train.epoch", "pretrain.train.epochs"),
+        ("train.epoch", "train.epochs"), ("shape.layer", "shape.layers"), ("sise", "size"),
+    ],
+)  # fmt: skip
+def test_a_misspelt_key_is_mended_in_the_training_it_was_meant_for(workshop, typed, nearest):
+    with pytest.raises(MaeseError, match="USE-02") as problem:
+        panel.load("mio.yaml", [f"{typed}=1"])
+    assert problem.value.facts["key"] == typed and problem.value.facts["nearest"] == nearest
 
 
 @pytest.mark.parametrize("name", ["minigpt", "minigpt-classic", "minigpt-hub"])

@@ -379,3 +379,19 @@ def test_what_is_no_tokenizer_is_said(tmp_path):
         with pytest.raises(MaeseError) as problem:
             lab.compare([str(name)])
         assert problem.value.code == "TOKEN-05" and str(problem.value)
+
+
+def test_a_table_of_many_columns_is_turned_where_it_does_not_fit(monkeypatch, capsys):
+    from maese.terminal_tokens import draw
+    from maese.tokens.compare import Table
+
+    kinds = ["narración", "diálogo", "técnico", "instrucciones", "charla", "código"]
+    rows = [[name, "2.048", *["2,38"] * len(kinds)] for name in ("tokenizer", "embedded")]
+    table = Table("Letras por token", ["nombre", "tokens", *kinds], rows)
+    monkeypatch.setenv("COLUMNS", "80")
+    draw([table])
+    said = capsys.readouterr().out
+    assert all(kind in said for kind in kinds) and "embedded" in said.splitlines()[2]
+    monkeypatch.setenv("COLUMNS", "120")
+    draw([table])
+    assert "instrucciones" in capsys.readouterr().out.splitlines()[2]

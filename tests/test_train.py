@@ -443,6 +443,18 @@ def test_one_process_trains_twice_with_two_precisions(recipe):
     assert steps(first)[0]["loss"] == pytest.approx(steps(second)[0]["loss"], abs=0.05)
 
 
+def test_a_file_that_is_called_like_a_template_is_none(here):
+    from maese import recipe as recipes
+    from maese.train.session import anywhere
+
+    for name in ("maese", "mia.jinja"):
+        (here / name).write_text("#!/bin/sh\n", "utf-8")
+    chosen = recipes.load("tutor")
+    assert anywhere(chosen).data.template == "maese"
+    mine = recipes.load("tutor", ["data.template=mia.jinja"])
+    assert anywhere(mine).data.template == str(here / "mia.jinja")
+
+
 def test_the_saved_recipe_repeats_the_run(recipe, here, monkeypatch):
     """From any folder: its base and its texts are found, and it asks for no folder that is taken."""
     run = train(recipe())

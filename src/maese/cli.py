@@ -20,7 +20,7 @@ from maese.cli_plan import plan
 from maese.cli_use import chat, generate, settings_of, writing_options
 from maese.errors import MaeseError, UsageError
 from maese.say import catalogue, error_explained, language, say
-from maese.spoken import Group, too_long, usage_error
+from maese.spoken import Group, mended, shown, too_long, usage_error
 
 # What a model made from nothing goes through (`stages`), written here so that the help need not read the recipes.
 STAGES = ("data", "tokenizer", "pretrain", "instruct", "evaluate", "report")
@@ -110,23 +110,25 @@ def new(ctx: click.Context, name: str, source: str) -> None:
 @cli.command(help=say("cli.explain.help"))
 @click.argument("code", required=False, metavar=say("cli.metavar.code"))
 def explain(code: str | None) -> None:
-    from maese import pipeline
+    from maese import pipeline, terminal
     from maese import recipe as recipes
 
     words = catalogue(language())
     codes = sorted(key.split(".")[1] for key in words if key.startswith("error.") and key.endswith(".why"))
     keys = recipes.fields() | pipeline.fields()
-    shown = [key for key in keys if code == "train" or key == code or key.startswith(f"{code}.")] if code else []
-    if shown:
-        width = max(map(len, shown))
-        for key in shown:
-            value = recipes.typed(keys[key]) if keys[key] not in (None, []) else say("cli.explain.none")
-            click.echo(f"{key:<{width}}  {say(f'key.{key}')} [{value}]")
+    # `instruct.train.lr` is the `train.lr` of one of the trainings.
+    plain = code.partition(".")[2] if code and code.partition(".")[0] in pipeline.TRAININGS and "." in code else code
+    wanted = [key for key in keys if plain in ("train", key) or key.startswith(f"{plain}.")] if plain else []
+    if wanted:
+        width = max(map(len, wanted)) + 2
+        for key in wanted:
+            terminal.tell(f"{key:<{width}}{say(f'key.{key}')} [{shown(keys[key])}]", " " * width)
     elif code is None:
         for each in codes:
-            click.echo(f"{each:<12} {words[f'error.{each}.why'].split('. ')[0].rstrip('.')}")
+            terminal.tell(f"{each:<12} {words[f'error.{each}.why'].split('. ')[0].rstrip('.')}", " " * 13)
     elif code.upper() in codes:
-        click.echo(error_explained(code.upper()))
+        text = error_explained(code.upper())
+        click.echo(terminal.fold_error(text) if sys.stdout.isatty() else text)
     else:
         near = difflib.get_close_matches(code, [*codes, *keys], n=1, cutoff=0)
         raise UsageError("USE-08", found=code, nearest=near[0])
@@ -142,8 +144,16 @@ cli.add_command(plan)
 @click.argument("recipe", metavar=say("cli.metavar.recipe"))
 @click.argument("changes", nargs=-1, metavar=say("cli.metavar.changes"))
 @click.option("--dry-run", is_flag=True, help=say("cli.train.dry_run"))
-@click.option("--from", "first", type=click.Choice(STAGES), help=say("cli.train.first"))
-@click.option("--until", "last", type=click.Choice(STAGES), help=say("cli.train.last"))
+@click.option(
+    "--from",
+    "first",
+    type=click.Choice(STAGES),
+    metavar=say("cli.metavar.stage"),
+    help=say("cli.train.first", stages=", ".join(STAGES)),
+)
+@click.option(
+    "--until", "last", type=click.Choice(STAGES), metavar=say("cli.metavar.stage"), help=say("cli.train.last")
+)
 @click.pass_context
 def train(
     ctx: click.Context, recipe: str, changes: tuple[str, ...], dry_run: bool, first: str | None, last: str | None
@@ -156,7 +166,7 @@ def train(
         if dry_run:
             click.echo(pipeline.dump(whole).rstrip())
         else:
-            _make(ctx, whole, first, last)
+            _make(ctx, whole, first, last, typed=(recipe, *changes))
         return
     if first or last:
         raise UsageError("USE-12", name=recipe)
@@ -167,7 +177,10 @@ def train(
         _train(ctx, chosen)
 
 
-def _make(ctx: click.Context, pipeline: Any, first: str | None, last: str | None, run: Any = None) -> None:
+def _make(
+    ctx: click.Context, pipeline: Any, first: str | None, last: str | None, run: Any = None,
+    typed: tuple[str, ...] = (),
+) -> None:  # fmt: skip
     """The stages of a model made from nothing: all, or those asked for, in the newest folder of that name."""
     from maese import pipeline as panel
     from maese import run as runs
@@ -176,12 +189,15 @@ def _make(ctx: click.Context, pipeline: Any, first: str | None, last: str | None
     if first and last and STAGES.index(last) < STAGES.index(first):
         later = " | ".join(STAGES[STAGES.index(first) :])
         raise UsageError("USE-11", name="--until", command=ctx.command_path, expected=later)
-    stages.refuse_longer(pipeline)  # before anything that was done is thrown away
-    terminal_stages.show_sizes(pipeline, **ctx.obj)
-    if first and run is None:
+    again = first if run is None else None
+    if again:
         run = runs.find(pipeline.output or pipeline.name)
-        stages.forget(run, first)
+        pipeline = panel.over(pipeline, panel.load(run.path / "recipe.yaml"), str(run.path), again, typed)
+    stages.refuse_longer(pipeline)  # before anything that was done is thrown away
+    if again:
+        stages.forget(run, again)
         run.write("recipe.yaml", panel.dump(pipeline))  # what is asked now is what a resume would go on with
+    terminal_stages.show_sizes(pipeline, **ctx.obj)
     tell = terminal_stages.teller(**ctx.obj)
     span = {"first": first or STAGES[0], "last": last or STAGES[-1]}
     made = stages.make(pipeline, lambda: terminal.watcher(**ctx.obj), tell, run, **span)
@@ -305,7 +321,7 @@ def run(arguments: list[str]) -> int:
         ended = cli.main(arguments, prog_name="maese", standalone_mode=False)
         return _bye(ended if isinstance(ended, int) else 0)
     except MaeseError as problem:
-        return _bye(problem.exit_code, problem, agreed=problem.agreed)
+        return _bye(problem.exit_code, mended(problem, arguments), problem.code, problem.agreed)
     except click.ClickException as problem:
         return _bye(2, usage_error(problem))
     except click.exceptions.Exit as leaving:
@@ -327,15 +343,18 @@ def run(arguments: list[str]) -> int:
         return _bye(3, MaeseError("BUG-01", path=out.name))
 
 
-def _bye(code: int, problem: object = None, agreed: bool = False) -> int:
+def _bye(status: int, problem: object = None, code: str = "", agreed: bool = False) -> int:
     """Say what went wrong, if it is this process that should, and leave with the others that train."""
     from maese.run import speaks
 
     if problem is not None and speaks(agreed):
-        click.echo(str(problem), err=True)
+        from maese.terminal import fold_error
+
+        text = str(problem)
+        click.echo(fold_error(text) if sys.stderr.isatty() else text, err=True)
     if "maese.train.together" in sys.modules:
         from maese.train.together import leave
 
         # Of one that has gone (DIST-03) nobody knows whether it will ever come.
-        leave(wait=code == 0 or (agreed and getattr(problem, "code", "") != "DIST-03"))
-    return code
+        leave(wait=status == 0 or (agreed and code != "DIST-03"))
+    return status

@@ -168,7 +168,12 @@ def _memory(event: Event) -> str:
 
 def _disk(space: dict[str, int]) -> str:
     """What its folder takes at most and in the end. A disk is counted in powers of ten, as its maker does."""
-    return say("live.plan.disk", **{key: number(space[key] / 1e9, 2) for key in ("most", "free", "final")})
+    return say("live.plan.disk", **{key: gigabytes(space[key]) for key in ("most", "free", "final")})
+
+
+def gigabytes(size: float) -> str:
+    """Of a disk: `gigabytes(2.5e9)` is «2,50», and what is too little for that «<0,01»."""
+    return number(size / 1e9, 2) if size >= 1e7 or not size else f"<{number(0.01, 2)}"
 
 
 def _how(event: Event) -> str:

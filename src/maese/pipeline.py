@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,11 +17,13 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from maese import recipe as recipes
+from maese.errors import MaeseError
 from maese.recipe import Count, Recipe, Share, Strict
 
 TRAININGS = ("pretrain", "instruct")
 STAGES = ("data", "tokenizer", *TRAININGS, "evaluate", "report")
 SHARED = ("train", "eval", "generate", "method")
+MADE = ("size", "architecture", "shape", "dropout", "seed", "pretrain")  # what a model is once it is pretrained
 OWN = {"name", "base", "output"}  # of each training: they follow from what it is part of
 
 
@@ -64,6 +67,21 @@ class Pipeline(Strict):
         return [name for name in TRAININGS if getattr(self, name) is not None]
 
 
+def over(asked: Pipeline, made: Pipeline, run: str, first: str, typed: tuple[str, ...]) -> Pipeline:
+    """What is asked of the stages from `first` on, over the model that was made in the folder `run`.
+
+    After pretraining there is a model, and it is the size it is, whatever the recipe says by default. `typed` is the
+    recipe and its changes as they were typed. Error: RUN-09 (one of them is about what is made already).
+    """
+    if STAGES.index(first) <= STAGES.index("pretrain"):
+        return asked
+    for change in typed[1:]:
+        key = change.partition("=")[0].split(".")[0]
+        if key in MADE and getattr(asked, key) != getattr(made, key):
+            raise MaeseError("RUN-09", change=change, run=run, first=first, words=shlex.join(typed))
+    return asked.model_copy(update={key: getattr(made, key) for key in MADE})
+
+
 def is_pipeline(path: Path) -> bool:
     """Whether a recipe file describes several trainings and not one."""
     return "pretrain" in recipes.tree_of(path)
@@ -79,7 +97,18 @@ def load(what: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Pipel
     try:
         return Pipeline.model_validate(recipes.numbers(tree))
     except ValidationError as problem:
-        raise recipes.mistake(problem, Pipeline) from None
+        raise _as_typed(recipes.mistake(problem, Pipeline), overrides) from None
+
+
+def _as_typed(problem: MaeseError, overrides: list[str] | tuple[str, ...]) -> MaeseError:
+    """A mistake in a key that went to every training is told as it was typed: `train.lr`, not `pretrain.train.lr`."""
+    stage, _, key = str(problem.facts.get("key")).partition(".")
+    if stage not in TRAININGS or not any(override.startswith(f"{key}=") for override in overrides):
+        return problem
+    told = {
+        name: str(problem.facts[name]).removeprefix(f"{stage}.") for name in ("key", "nearest") & problem.facts.keys()
+    }
+    return MaeseError(problem.code, **(problem.facts | told))
 
 
 def _meant(key: str, tree: dict[str, Any]) -> list[str]:

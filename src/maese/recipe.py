@@ -14,7 +14,8 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -229,8 +230,10 @@ def fields(model: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, Any]:
     """Every dotted key with its default: `{"train.lr": 0.0001, …}`."""
     flat: dict[str, Any] = {}
     for key, info in model.model_fields.items():
-        inner = info.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
+        one = info.annotation
+        kinds = get_args(one) if isinstance(one, UnionType) else (one,)  # a table may be left out
+        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if inner is not None:
             flat |= fields(inner, f"{prefix}{key}.")
         else:
             flat[prefix + key] = None if info.is_required() else info.default

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import difflib
 import errno
 import json
 import os
@@ -178,7 +179,9 @@ def find(what: str | Path) -> Run:
     if found:
         return Run(max(found)[2])
     known = sorted((p.parent.name for p in Path("runs").glob("*/recipe.yaml")), reverse=True)
-    raise MaeseError("RUN-02", run=str(what), known=", ".join(known[:5]) or "—")
+    named = [re.sub(r"^\d{4}-\d\d-\d\d-", "", name) for name in known]
+    near = difflib.get_close_matches(str(what), [*named, *known], n=1)
+    raise MaeseError("RUN-02", run=str(what), known=", ".join(known[:5]) or "—", inside="", nearest=(near or [""])[0])
 
 
 def first_process() -> bool:

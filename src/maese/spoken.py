@@ -8,11 +8,12 @@ from __future__ import annotations
 import difflib
 import errno
 import re
+import shlex
 from typing import Any
 
 import click
 
-from maese.errors import UsageError
+from maese.errors import MaeseError, UsageError
 from maese.say import catalogue, has, language, number, say
 
 # Words people bring from other tools or from their own language: suggestions, not aliases.
@@ -23,7 +24,7 @@ FALSE_FRIENDS = {
     "list": "runs", "memory": "plan", "estimate": "plan", "planear": "plan", "ls": "runs", "explicar": "explain",
     "merge": "export", "exportar": "export", "doctor": "data check", "medico": "data check", "médico": "data check",
 }  # fmt: skip
-ESSENTIAL = ("base", "data.sources", "train.epochs", "train.lr", "train.micro_batch", "method.kind", "output")
+ESSENTIAL = ("base", "size", "data.sources", "train.epochs", "train.lr", "train.micro_batch", "method.kind", "output")
 GROUPS = {
     "start": ("demo", "new", "explain"),
     "data": ("data", "tokenizer"),
@@ -76,11 +77,11 @@ class Command(Spoken, click.Command):
     def format_keys(self, formatter: click.HelpFormatter) -> None:
         """The keys of a recipe that most people change, with their defaults, read from the recipe itself."""
         from maese import pipeline
-        from maese.recipe import fields, typed
+        from maese.recipe import fields
 
         every = fields() | pipeline.fields()
         with formatter.section(say("cli.train.keys")):
-            formatter.write_dl([(key, f"{say(f'key.{key}')} [{typed(every[key])}]") for key in ESSENTIAL])
+            formatter.write_dl([(key, f"{say(f'key.{key}')} [{shown(every[key])}]") for key in ESSENTIAL])
         formatter.write(say("cli.train.more", n=len(every)) + "\n")
 
 
@@ -96,7 +97,14 @@ class Group(Spoken, click.Group):
         groups = GROUPS if ctx.parent is None else {"all": tuple(self.commands)}
         for group, names in groups.items():
             with formatter.section(say(f"cli.group.{group}")):
-                formatter.write_dl([(name, self.commands[name].get_short_help_str(90)) for name in names])
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(140)) for name in names])
+
+
+def shown(value: Any) -> str:
+    """A default as the help shows it: nothing said is «nada», the rest as it is typed."""
+    from maese.recipe import typed
+
+    return say("cli.explain.none") if value in (None, []) else typed(value)
 
 
 def in_words(text: str) -> str:
@@ -150,6 +158,46 @@ def too_long(problem: OSError) -> UsageError | None:
     if problem.errno != errno.ENAMETOOLONG:
         return None
     return UsageError("USE-15", found=str(problem.filename)[:40])
+
+
+# Errors about a name that was typed and the fact that holds it: typed again with the nearest one, they are mended.
+MISSPELT = {"USE-05": "name", "USE-08": "found", "PERSONA-01": "name", "RUN-02": "run"}
+STANDS_FOR = {"--context": "data.max_length", "--method": "method.kind"}  # options of `plan`, as keys
+
+
+def mended(problem: MaeseError, words: list[str]) -> str:
+    """An error as text, its repair made of the words that were typed, so that it can be pasted.
+
+    «maese train RECETA train.lr=1» after `maese train mio.yaml size=nano train.lr=99` is
+    «maese train mio.yaml size=nano train.lr=1».
+    """
+    text, mark = str(problem), say("error.label.try") + ":"
+    command = next((word for word in words if word in ("train", "plan")), "")
+    rest = words[words.index(command) + 1 :] if command else []
+    recipe = rest[0] if rest and not rest[0].startswith("-") and "=" not in rest[0] else None
+    if problem.code == "RUN-02" and recipe and "--from" in rest:  # there is nothing yet to go on from
+        return text.replace("maese runs", shlex.join(["maese", "train", recipe]))
+    name, near = problem.facts.get(MISSPELT.get(problem.code, "")), problem.facts.get("nearest")
+    if name in words and near:
+        again = shlex.join(["maese", *(str(near) if word == name else word for word in words)])
+        return re.sub(rf"(  {mark} +)maese .*", lambda found: found[1] + again, text, count=1)
+    if problem.code == "USE-03" and any(word.startswith(f"{problem.facts['key']}=") for word in rest) and recipe:
+        return text.replace("maese train quijote", shlex.join(["maese", "train", recipe]))
+
+    def whole(found: re.Match) -> str:
+        keys = shlex.split(found[1])
+        gone = {word.partition("=")[0] for word in keys} | {str(problem.facts.get("key"))}
+        kept, skip = [], False
+        for word in words:
+            if not skip and word.partition("=")[0] not in gone and STANDS_FOR.get(word) not in gone:
+                kept.append(word)
+            skip = STANDS_FOR.get(word) in gone
+        return shlex.join(["maese", *kept, *keys])
+
+    blank = say("cli.metavar.recipe")
+    if rest:
+        text = re.sub(rf"maese train {blank}((?: (?:[^\s'(=]+=)(?:'[^']*'|[^\s'(]+))+)", whole, text)
+    return text.replace(f" {blank}", f" {shlex.quote(recipe)}") if recipe else text
 
 
 def _options(ctx: click.Context | None) -> list[str]:

@@ -74,7 +74,9 @@ def make(
                 run.write("state.json", {"status": "training", "stage": stage})
                 DO[stage](run, pipeline, watcher)
             tell(stage, facts_of(run, stage))
-        run.write("state.json", {"status": "finished", "stage": wanted[-1]})
+        # One that was told to stop half way waits to be resumed, like one that was interrupted.
+        status = "finished" if wanted[-1] == STAGES[-1] else "interrupted"
+        run.write("state.json", {"status": status, "stage": wanted[-1]})
     except Interrupted as stopped:  # a training says how it goes on, and what goes on is the whole
         run.write("state.json", {"status": "interrupted"})
         stopped.facts["run"] = str(run.path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json as jsons
+import re
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +14,11 @@ from maese.live import shorten, watcher
 from maese.run import Run, first_process
 from maese.say import duration, number, percent, say
 
-__all__ = ["answer", "answers", "close", "comparison", "demo_verdict", "list_runs", "talk", "watcher", "write_papers"]
+WIDEST = 100  # columns: longer lines are hard to read
+__all__ = [
+    "answer", "answers", "close", "columns", "comparison", "demo_verdict", "fold", "fold_error", "list_runs", "talk",
+    "tell", "watcher", "write_papers",
+]  # fmt: skip
 
 
 def talk(text: str, json: bool = False, quiet: int = 0) -> None:
@@ -20,6 +26,37 @@ def talk(text: str, json: bool = False, quiet: int = 0) -> None:
     if not quiet and not json:
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
+
+
+def columns() -> int:
+    return max(20, min(WIDEST, shutil.get_terminal_size().columns - 1))
+
+
+def fold(text: str, indent: str = "") -> str:
+    """The text in lines no wider than the terminal, cut between words; what a no-break space joins stays together.
+
+    Lines after a cut begin with `indent`.
+    """
+    width, lines = columns(), []
+    for line in text.splitlines():
+        now = ""
+        for piece in re.split(r"(?<=[ \t])(?=[^ \t])", line):
+            if now.strip() and len(now) + len(piece.rstrip()) > width:
+                lines.append(now.rstrip())
+                now = indent
+            now += piece
+        lines.append(now.rstrip())
+    return "\n".join(lines)
+
+
+def fold_error(text: str) -> str:
+    """An error in lines no wider than the terminal; a command stays whole, to be copied."""
+    return "\n".join(line if "maese " in line else fold(line, " " * 14) for line in text.splitlines())
+
+
+def tell(text: str, indent: str = "") -> None:
+    """A line of the result; on a terminal no word is cut at its edge."""
+    sys.stdout.write((fold(text, indent) if sys.stdout.isatty() else text) + "\n")
 
 
 def write_papers(run: Run) -> dict[str, Any]:
@@ -60,7 +97,9 @@ def close(run: Run, json: bool = False, quiet: int = 0) -> None:
     talk("\n" + verdict.text(), quiet=quiet)
     for event in answers[:1]:
         talk("\n" + say("end.asked", prompt=event["prompt"], text=shorten(event["text"], 600)), quiet=quiet)
-    talk("\n" + say("end.next", run=str(run.path), report=str(run.report / "index.html")), quiet=quiet)
+    kind = next((e["format"] for e in history if e.get("format")), "text")
+    key = "end.next" if kind == "text" else "end.next_chat"  # one that answers is asked something
+    talk("\n" + say(key, run=str(run.path), report=str(run.report / "index.html")), quiet=quiet)
     sys.stdout.write(f"{run.path}\n")
 
 

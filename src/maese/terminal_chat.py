@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json as jsons
 import re
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,9 @@ from maese.errors import MaeseError
 from maese.live import shorten
 from maese.say import percent, say
 from maese.spoken import too_long
-from maese.terminal import as_data, fewer, footer, talk
+from maese.terminal import as_data, columns, fewer, fold, fold_error, footer, talk
 
 EXIT, HELP = ("/exit", "/quit", "/salir"), ("/help", "/?", "/ayuda")
-WIDEST = 100  # columns: longer lines are hard to read
 ALTERNATIVE = 12  # signs of a token in the table of /next
 
 
@@ -37,20 +35,24 @@ def chat(company: Any, settings: dict[str, Any], save: Path | None = None, json:
         try:
             room.do(line)
         except MaeseError as problem:
-            sys.stderr.write(f"{problem}\n")
+            _complain(problem)
         except OSError as problem:
             if not (named := too_long(problem)):
                 raise
-            sys.stderr.write(f"{named}\n")
+            _complain(named)
         except (MemoryError, RuntimeError) as problem:
             from maese.train.guard import give_back, out_of_memory
 
             if not out_of_memory(problem):
                 raise
             give_back()  # what was being written is let go of, and the conversation stays as it was
-            sys.stderr.write(f"{MaeseError('MEM-06')}\n")
+            _complain(MaeseError("MEM-06"))
         except KeyboardInterrupt:  # of a table or a file half way; a reply keeps what it had
             sys.stderr.write("\n")
+
+
+def _complain(problem: MaeseError) -> None:
+    sys.stderr.write((fold_error(str(problem)) if sys.stderr.isatty() else str(problem)) + "\n")
 
 
 class Room:
@@ -244,24 +246,6 @@ class Room:
     def keep(self) -> None:
         if self.kept:
             self.chat.save(self.kept)
-
-
-def columns() -> int:
-    return max(20, min(WIDEST, shutil.get_terminal_size().columns - 1))
-
-
-def fold(text: str, indent: str = "") -> str:
-    """The text in lines no wider than the terminal, cut between words; what a no-break space joins stays together."""
-    width, lines = columns(), []
-    for line in text.splitlines():
-        now = ""
-        for piece in re.split(r"(?<=[ \t])(?=[^ \t])", line):
-            if now.strip() and len(now) + len(piece.rstrip()) > width:
-                lines.append(now.rstrip())
-                now = indent
-            now += piece
-        lines.append(now.rstrip())
-    return "\n".join(lines)
 
 
 class Page:

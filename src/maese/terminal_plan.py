@@ -9,9 +9,11 @@ import json as jsons
 import shlex
 import sys
 from dataclasses import dataclass, replace
+from textwrap import wrap
 from typing import Any
 
 from maese.errors import MaeseError
+from maese.live import gigabytes
 from maese.plan import cost, memory
 from maese.plan.cost import Pace
 from maese.plan.fit import CARDS, Changes, Fit, fit, least, smaller, told, typed, ways
@@ -88,6 +90,9 @@ def show_fit(planned: list[Planned], room: float, asked: Asked, json: bool = Fal
                 talk(f"  {say(f'plan.way.{key}')}: {say(f'plan.price.{key}')}", quiet=quiet)
     if asked.name is not None:
         talk(say("plan.then", words=asked.words(*keys)), quiet=quiet)
+    elif not planned[0].built:  # there is a model and no recipe yet
+        own = Asked(say("cli.metavar.recipe"), None, (f"base={asked.base}", *asked.changes))
+        talk(say("plan.then_recipe", words=own.words(*keys)), quiet=quiet)
     sys.stdout.flush()
 
 
@@ -191,7 +196,8 @@ def _head(each: Planned, here: Machine) -> list[str]:
     more = f" · {say('plan.checkpointing')}" if train.gradient_checkpointing else ""
     return [
         say("plan.title", name=each.title), "  " + say("plan.model", base=_short(recipe.base), **said), "  " + learnt,
-        "  " + say("plan.settings", **asked) + f" · {here.precision} · {train.optimizer}{more}",
+        *wrap("  " + say("plan.settings", **asked) + f" · {here.precision} · {train.optimizer}{more}", 80,
+              subsequent_indent=" " * 11, break_on_hyphens=False),
         "  " + say("plan.at_once", n=job.tokens, turns=job.passes),
     ]  # fmt: skip
 
@@ -226,8 +232,8 @@ def _rest(each: Planned, here: Machine, pace: Pace | None) -> list[str]:
     job = memory.job_of(each.recipe, here.precision, here.device)
     found = cost.disk(each.shape, job, each.recipe, pace.steps if pace else None)
     # A disk is counted in powers of ten, as its maker does.
-    sizes = {"most": number(found.most / 1e9, 2), "one": number(found.checkpoint / 1e9, 2)}
-    lines = ["  " + say("plan.disk", n=found.checkpoints, final=number(found.final / 1e9, 2), **sizes)]
+    sizes = {"most": gigabytes(found.most), "one": gigabytes(found.checkpoint), "final": gigabytes(found.final)}
+    lines = ["  " + say("plan.disk", n=found.checkpoints, **sizes)]
     if pace is None:
         return [*lines, "  " + say("plan.no_time")]
     shortest, longest = cost.total(pace)

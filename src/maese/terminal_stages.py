@@ -63,5 +63,10 @@ def close(run: Run, pipeline: Pipeline, json: bool = False, quiet: int = 0) -> N
         return
     last = next((name for name in reversed(pipeline.trainings) if (run.path / name / "final").is_dir()), None)
     if last:
-        talk("\n" + say("stage.next", run=str(run.path / last), report=str(run.report / "index.html")), quiet=quiet)
+        talk("\n" + say("stage.next", run=str(run.path / last)), quiet=quiet)
+    page = run.report / "index.html"
+    talk(
+        say("stage.page", report=str(page)) if page.exists() else "\n" + say("stage.on", run=str(run.path)),
+        quiet=quiet,
+    )
     sys.stdout.write(f"{run.path}\n")

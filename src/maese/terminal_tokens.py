@@ -6,6 +6,7 @@ import json as jsons
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from maese.say import has, number, percent, say
@@ -71,6 +72,8 @@ def draw(tables: list[Any], talk: bool = False) -> None:
 
     console = Console(stderr=talk, highlight=False)
     for each in tables:
+        if least(each) > console.width:  # more columns than there is room for, and few rows
+            each = turned(each)
         table = Table(title=each.title, title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False)
         for i, header in enumerate(each.headers):
             figures = i and each.rows and each.rows[0][i][:1].isdigit()
@@ -78,6 +81,19 @@ def draw(tables: list[Any], talk: bool = False) -> None:
         for row in each.rows:
             table.add_row(*row)
         console.print(table)
+
+
+def least(table: Any) -> int:
+    """Signs of the narrowest that a table can be without cutting a word."""
+    cells = zip(table.headers, *table.rows, strict=True)
+    return sum(max(len(word) for text in column for word in text.split() or [""]) + 3 for column in cells)
+
+
+def turned(table: Any) -> Any:
+    """The table with its columns as rows, if it is narrower so."""
+    headers, *rows = [list(row) for row in zip(table.headers, *table.rows, strict=True)]
+    other = replace(table, headers=headers, rows=rows)
+    return other if least(other) < least(table) else table
 
 
 @contextmanager

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -24,6 +25,7 @@ from maese.model.fingerprint import fingerprint
 from maese.model.quant import open_base
 from maese.model.voices import BASE, speaking
 from maese.plan.shape import KNOWN
+from maese.say import say
 from maese.text.record import Message
 from maese.tokens.template import TEMPLATES, Renderer, encode, open_template, opening
 
@@ -270,11 +272,16 @@ def as_run(what: str) -> runs.Run | None:
         return None
     try:
         return runs.find(what)
-    except MaeseError:
+    except MaeseError as problem:
         # Without its owner a name of the hub could be any slip of the hand: only those of the recipes are taken.
         if what.partition("@")[0] in KNOWN or what in load.PACKAGED:
             return None
         # Only something that looks like a hub id may still be one.
         if what.count("/") == 1 and not Path(what).exists() and not what.startswith(("runs/", ".")):
             return None
-        raise
+        from maese.generate.personas import shipped
+
+        inside = [*recipes.INSIDE, *shipped()]
+        near = difflib.get_close_matches(what, inside, n=1) or [problem.facts["nearest"]]
+        told = say("generate.inside", names=", ".join(inside))
+        raise MaeseError("RUN-02", **(problem.facts | {"inside": told, "nearest": near[0]})) from None

@@ -26,6 +26,7 @@ from maese.tokens.batches import steps_per_epoch
 from maese.tokens.marks import add_marks
 from maese.tokens.pack import packed_rows
 from maese.tokens.prepare import Prepared, prepare
+from maese.tokens.template import FILES
 from maese.train.compiling import compile_blocks, pays
 from maese.train.feed import Feed, gather
 from maese.train.guard import Halving, Spikes, no_room
@@ -240,7 +241,10 @@ def anywhere(recipe: Recipe) -> Recipe:
     template = Path(recipe.data.template).expanduser()
     changes = {
         "sources": [absolute(source) for source in recipe.data.sources],
-        "template": str(template.absolute()) if template.is_file() else recipe.data.template,
+        # A file here that happens to be called `maese` or `plain` is no template.
+        "template": str(template.absolute())
+        if template.suffix in FILES and template.is_file()
+        else recipe.data.template,
     }
     data = recipe.data.model_copy(update=changes)
     folder = Path(recipe.base).expanduser()
