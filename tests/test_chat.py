@@ -387,7 +387,7 @@ def test_the_door_of_python(tiny, folders):
 
 @pytest.mark.parametrize("width", [30, 60])
 def test_no_word_is_cut_at_the_edge(monkeypatch, capsys, width):
-    monkeypatch.setattr(terminal_chat.shutil, "get_terminal_size", lambda: os.terminal_size((width, 24)))
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((width, 24)))
     text = "Había una vez un hidalgo que leía  y leía.\n    sangrado, con 3,5\u00a0% de más\nFin"
     for size in (1, 3, 50):
         page = terminal_chat.Page(live=True)

@@ -189,9 +189,11 @@ def mended(problem: MaeseError, words: list[str]) -> str:
         gone = {word.partition("=")[0] for word in keys} | {str(problem.facts.get("key"))}
         kept, skip = [], False
         for word in words:
-            if not skip and word.partition("=")[0] not in gone and STANDS_FOR.get(word) not in gone:
+            # In a recipe of stages the key is that of one of them: `pretrain.data.max_length`.
+            stands = any(f".{key}".endswith(f".{STANDS_FOR.get(word)}") for key in gone)
+            if not skip and word.partition("=")[0] not in gone and not stands:
                 kept.append(word)
-            skip = STANDS_FOR.get(word) in gone
+            skip = stands
         return shlex.join(["maese", *kept, *keys])
 
     blank = say("cli.metavar.recipe")
