@@ -91,8 +91,8 @@ def show_fit(planned: list[Planned], room: float, asked: Asked, json: bool = Fal
     if asked.name is not None:
         talk(say("plan.then", words=asked.words(*keys)), quiet=quiet)
     elif not planned[0].built:  # there is a model and no recipe yet
-        own = Asked(say("cli.metavar.recipe"), None, (f"base={asked.base}", *asked.changes))
-        talk(say("plan.then_recipe", words=own.words(*keys)), quiet=quiet)
+        alike = Asked(say("cli.metavar.recipe"), None, (f"base={asked.base}", *asked.changes))
+        talk(say("plan.then_recipe", words=alike.words(*keys)), quiet=quiet)
     sys.stdout.flush()
 
 

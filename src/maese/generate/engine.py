@@ -281,7 +281,7 @@ def as_run(what: str) -> runs.Run | None:
             return None
         from maese.generate.personas import shipped
 
-        inside = [*recipes.INSIDE, *shipped()]
-        near = difflib.get_close_matches(what, inside, n=1) or [problem.facts["nearest"]]
-        told = say("generate.inside", names=", ".join(inside))
-        raise MaeseError("RUN-02", **(problem.facts | {"inside": told, "nearest": near[0]})) from None
+        names = [*recipes.INSIDE, *shipped()]
+        near = difflib.get_close_matches(what, names, n=1)
+        told = {"inside": say("generate.inside", names=", ".join(names))} | ({"nearest": near[0]} if near else {})
+        raise MaeseError("RUN-02", **(problem.facts | told)) from None
