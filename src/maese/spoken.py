@@ -190,7 +190,7 @@ def mended(problem: MaeseError, words: list[str]) -> str:
         kept, skip = [], False
         for word in words:
             # In a recipe of stages the key is that of one of them: `pretrain.data.max_length`.
-            stands = any(f".{key}".endswith(f".{STANDS_FOR.get(word)}") for key in gone)
+            stands = word in STANDS_FOR and any(f".{key}".endswith(f".{STANDS_FOR[word]}") for key in gone)
             if not skip and word.partition("=")[0] not in gone and not stands:
                 kept.append(word)
             skip = stands
