@@ -1,8 +1,8 @@
 """Measure the models that scripts/embedded.yaml and the recipes that follow it made, and put them into the package.
 
     python scripts/embedded.py measure build/embedded/first --as first          the edition before, for comparison
-    python scripts/embedded.py measure build/embedded/last/final --as base      bits per byte, minimal pairs, speed
-    python scripts/embedded.py measure build/embedded/instruct/final --as instruct --talks
+    python scripts/embedded.py measure build/embedded/end/final --as base       bits per byte, minimal pairs, speed
+    python scripts/embedded.py measure build/embedded/again/final --as instruct --talks
     python scripts/embedded.py install                                          weights in bf16, cards, manifest
 
 In: build/embedded/ as scripts/embedded_corpus.py and the training left it. Out: build/embedded/scores-NAME.json, and
@@ -120,18 +120,15 @@ def speed(model: Any, tokenizer: Any) -> float:
 
 def trained() -> dict[str, float]:
     """What the weights that ship have read: of each run before the last, up to where the next began."""
-    run, until = Run(BUILD / "last"), 1 << 30
+    run, until = Run(BUILD / "end"), 1 << 30
     total = {"tokens": 0.0, "steps": 0.0, "seconds": 0.0}
     while True:
         for name, value in read_by(run, until).items():
             total[name] += value
         base = Path(str(run.recipe().base))
-        if base.name == "final":
-            run, until = Run(base.parent), 1 << 30
-        elif base.parent.name == "checkpoints":
-            run, until = Run(base.parents[1]), int(base.name.rsplit("-", 1)[-1])
-        else:
+        if base.parent.name != "checkpoints":
             return total
+        run, until = Run(base.parents[1]), int(base.name.rsplit("-", 1)[-1])
 
 
 def read_by(run: Run, until: int) -> dict[str, float]:
@@ -185,7 +182,9 @@ def instruct_card(model: Any, tokenizer: Any) -> str:
     writer = Writer(model, tokenizer, Generate(temperature=0.0, repetition_penalty=1.0), "messages", "maese")
     said = [(text, writer.generate(text).text.strip()) for text in QUESTIONS]
     was, now = (some["bits_per_byte"]["instructions"]["value"] for some in (base, scores))
-    read = read_by(Run(BUILD / "instruct"), 1 << 30)
+    read = {"tokens": 0.0, "steps": 0.0, "seconds": 0.0}
+    for taught in ("instruct", "again"):
+        read = {name: value + read[name] for name, value in read_by(Run(BUILD / taught), 1 << 30).items()}
     return INSTRUCT_CARD.read_text("utf-8").format(
         parameters=f"{scores['parameters']:,}", parametros=es(scores["parameters"]),
         steps=es(read["steps"]), was=es(was, 3), now=es(now, 3),
@@ -236,7 +235,7 @@ def install(_args: argparse.Namespace) -> None:
     from maese.model.load import load_model, load_tokenizer
 
     shutil.rmtree(INSIDE["embedded"])
-    for name, made, card in (("embedded", "last", base_card), ("embedded-instruct", "instruct", instruct_card)):
+    for name, made, card in (("embedded", "end", base_card), ("embedded-instruct", "again", instruct_card)):
         folder = INSIDE[name]
         model, tokenizer = (opened(BUILD / made / "final") for opened in (load_model, load_tokenizer))
         folder.mkdir(parents=True, exist_ok=True)

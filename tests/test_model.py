@@ -101,9 +101,7 @@ def test_the_models_of_the_package_fit_in_it_and_the_second_beats_the_first():
     assert sum(path.stat().st_size for path in folder.rglob("*.safetensors")) <= 48e6
     first, base, instruct = json.loads((folder / "scores.json").read_text("utf-8")).values()
     was, now = ({k: v["value"] for k, v in some["bits_per_byte"].items()} for some in (first, base))
-    assert all(now[kind] <= 0.95 * was[kind] for kind in ("technical", "sentences", "instructions"))
-    # Of literature it has read no more than the first did, and among more besides: see LOG.md.
-    assert now["authors"] < was["authors"] and now["centuries"] <= 1.01 * was["centuries"]
+    assert len(was) == 5 and all(now[kind] <= 0.95 * was[kind] for kind in was)
     answers = instruct["answers"]
     assert answers["asked"] == 200 and answers["ended"] >= 190
     assert answers["told"] >= 30 and answers["spanish"] >= 0.98 * answers["told"]

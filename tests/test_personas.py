@@ -104,6 +104,20 @@ def test_ten_questions_to_three_personalities(company):
     assert prints == {name: writer.fingerprint() for name, writer in company.writers.items()}
 
 
+def test_those_of_the_package_answer_the_ten_questions_each_in_its_own_way():
+    """The weights that ship: no two give the same answer, nor that of their base, and all go on as they were."""
+    company = open_company("embedded-instruct", personas.shipped())
+    assert [writer.name for writer in company.guests] == ["algoritmos", "narrador", "socratico"]
+    everybody = [company.writers[company.main], *company.guests]
+    prints = [writer.fingerprint() for writer in everybody]
+    assert len({*prints}) == 4
+    for question in TEN:
+        answers = company.ask_all(question, of=everybody, temperature=0.0, max_new_tokens=24)
+        assert [answer.persona for answer in answers] == [writer.name for writer in everybody]
+        assert len({answer.text for answer in answers}) == 4, question
+    assert prints == [writer.fingerprint() for writer in everybody]
+
+
 @pytest.mark.parametrize("how", [{"temperature": 0.0}, {"temperature": 1.0, "top_k": 0, "top_p": 1.0}])
 def test_a_batch_says_what_each_says_alone(company, how):
     """Prompts of several lengths, one voice twice, the base among them; each draws as if it were alone."""
