@@ -121,14 +121,17 @@ def speed(model: Any, tokenizer: Any) -> float:
 def trained() -> dict[str, float]:
     """What the weights that ship have read: of each run before the last, up to where the next began."""
     run, until = Run(BUILD / "end"), 1 << 30
-    total = {"tokens": 0.0, "steps": 0.0, "seconds": 0.0}
+    parts = []
     while True:
-        for name, value in read_by(run, until).items():
-            total[name] += value
+        parts.append(read_by(run, until))
         base = Path(str(run.recipe().base))
         if base.parent.name != "checkpoints":
-            return total
+            return together(parts)
         run, until = Run(base.parents[1]), int(base.name.rsplit("-", 1)[-1])
+
+
+def together(parts: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(part[name] for part in parts) for name in parts[0]}
 
 
 def read_by(run: Run, until: int) -> dict[str, float]:
@@ -182,9 +185,7 @@ def instruct_card(model: Any, tokenizer: Any) -> str:
     writer = Writer(model, tokenizer, Generate(temperature=0.0, repetition_penalty=1.0), "messages", "maese")
     said = [(text, writer.generate(text).text.strip()) for text in QUESTIONS]
     was, now = (some["bits_per_byte"]["instructions"]["value"] for some in (base, scores))
-    read = {"tokens": 0.0, "steps": 0.0, "seconds": 0.0}
-    for taught in ("instruct", "again"):
-        read = {name: value + read[name] for name, value in read_by(Run(BUILD / taught), 1 << 30).items()}
+    read = together([read_by(Run(BUILD / taught), 1 << 30) for taught in ("instruct", "again")])
     return INSTRUCT_CARD.read_text("utf-8").format(
         parameters=f"{scores['parameters']:,}", parametros=es(scores["parameters"]),
         steps=es(read["steps"]), was=es(was, 3), now=es(now, 3),

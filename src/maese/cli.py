@@ -127,8 +127,7 @@ def explain(code: str | None) -> None:
         for each in codes:
             terminal.tell(f"{each:<12} {words[f'error.{each}.why'].split('. ')[0].rstrip('.')}", " " * 13)
     elif code.upper() in codes:
-        text = error_explained(code.upper())
-        click.echo(terminal.fold_error(text) if sys.stdout.isatty() else text)
+        terminal.complain(error_explained(code.upper()), err=False)
     else:
         near = difflib.get_close_matches(code, [*codes, *keys], n=1, cutoff=0)
         raise UsageError("USE-08", found=code, nearest=near[0])
@@ -348,10 +347,9 @@ def _bye(status: int, problem: object = None, code: str = "", agreed: bool = Fal
     from maese.run import speaks
 
     if problem is not None and speaks(agreed):
-        from maese.terminal import fold_error
+        from maese.terminal import complain
 
-        text = str(problem)
-        click.echo(fold_error(text) if sys.stderr.isatty() else text, err=True)
+        complain(problem)
     if "maese.train.together" in sys.modules:
         from maese.train.together import leave
 

@@ -16,8 +16,8 @@ from maese.say import duration, number, percent, say
 
 WIDEST = 100  # columns: longer lines are hard to read
 __all__ = [
-    "answer", "answers", "close", "columns", "comparison", "demo_verdict", "fold", "fold_error", "list_runs", "talk",
-    "tell", "watcher", "write_papers",
+    "answer", "answers", "close", "columns", "comparison", "complain", "demo_verdict", "fold", "list_runs",
+    "talk", "tell", "watcher", "write_papers",
 ]  # fmt: skip
 
 
@@ -52,6 +52,12 @@ def fold(text: str, indent: str = "") -> str:
 def fold_error(text: str) -> str:
     """An error in lines no wider than the terminal; a command stays whole, to be copied."""
     return "\n".join(line if "maese " in line else fold(line, " " * 14) for line in text.splitlines())
+
+
+def complain(problem: object, err: bool = True) -> None:
+    """An error, or what explains one: on a terminal, in lines no wider than it."""
+    stream = sys.stderr if err else sys.stdout
+    stream.write((fold_error(str(problem)) if stream.isatty() else str(problem)) + "\n")
 
 
 def tell(text: str, indent: str = "") -> None:

@@ -17,7 +17,7 @@ from maese.errors import MaeseError
 from maese.live import shorten
 from maese.say import percent, say
 from maese.spoken import too_long
-from maese.terminal import as_data, columns, fewer, fold, fold_error, footer, talk
+from maese.terminal import as_data, columns, complain, fewer, fold, footer, talk
 
 EXIT, HELP = ("/exit", "/quit", "/salir"), ("/help", "/?", "/ayuda")
 ALTERNATIVE = 12  # signs of a token in the table of /next
@@ -35,24 +35,20 @@ def chat(company: Any, settings: dict[str, Any], save: Path | None = None, json:
         try:
             room.do(line)
         except MaeseError as problem:
-            _complain(problem)
+            complain(problem)
         except OSError as problem:
             if not (named := too_long(problem)):
                 raise
-            _complain(named)
+            complain(named)
         except (MemoryError, RuntimeError) as problem:
             from maese.train.guard import give_back, out_of_memory
 
             if not out_of_memory(problem):
                 raise
             give_back()  # what was being written is let go of, and the conversation stays as it was
-            _complain(MaeseError("MEM-06"))
+            complain(MaeseError("MEM-06"))
         except KeyboardInterrupt:  # of a table or a file half way; a reply keeps what it had
             sys.stderr.write("\n")
-
-
-def _complain(problem: MaeseError) -> None:
-    sys.stderr.write((fold_error(str(problem)) if sys.stderr.isatty() else str(problem)) + "\n")
 
 
 class Room:
