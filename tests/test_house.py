@@ -24,7 +24,7 @@ SRC = ROOT / "src" / "maese"
 RIVER = (
     "errors, say -> recipe, run, pipeline -> text -> tokens -> plan -> model -> generate -> evaluate -> train "
     "-> export -> report, learn -> serve, studio -> stages, live, terminal, terminal_data, terminal_tokens, "
-    "terminal_stages, terminal_study, terminal_chat, terminal_plan, spoken, cli_data, cli_use, cli_plan, cli"
+    "terminal_stages, terminal_study, terminal_chat, terminal_plan, retyped, spoken, cli_data, cli_use, cli_plan, cli"
 )
 ROWS = [row.split(", ") for row in RIVER.split(" -> ")]
 TOP = [*ROWS[-1], "__init__", "__main__"]

@@ -8,7 +8,7 @@ The river: folders are what the data is now, files are the step that moves it on
 
     errors, say -> recipe, run, pipeline -> text -> tokens -> plan -> model -> generate -> evaluate -> train
     -> report -> stages, live, terminal, terminal_data, terminal_tokens, terminal_stages, terminal_study,
-    terminal_chat, terminal_plan, spoken, cli_data, cli_use, cli_plan, cli
+    terminal_chat, terminal_plan, retyped, spoken, cli_data, cli_use, cli_plan, cli
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import difflib
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from maese.cli_data import data, inspect, tokenizer
 from maese.cli_plan import plan
 from maese.cli_use import chat, generate, settings_of, writing_options
 from maese.errors import MaeseError, UsageError
-from maese.say import catalogue, error_explained, language, say
-from maese.spoken import Group, mended, shown, too_long, usage_error
+from maese.retyped import retyped
+from maese.say import catalogue, error_explained, error_text, language, say
+from maese.spoken import Group, shown, too_long, usage_error
 
 # What a model made from nothing goes through (`stages`), written here so that the help need not read the recipes.
 STAGES = ("data", "tokenizer", "pretrain", "instruct", "evaluate", "report")
@@ -320,7 +322,8 @@ def run(arguments: list[str]) -> int:
         ended = cli.main(arguments, prog_name="maese", standalone_mode=False)
         return _bye(ended if isinstance(ended, int) else 0)
     except MaeseError as problem:
-        return _bye(problem.exit_code, mended(problem, arguments), problem.code, problem.agreed)
+        told = error_text(problem.code, problem.facts, partial(retyped, problem, arguments))
+        return _bye(problem.exit_code, told, problem.code, problem.agreed)
     except click.ClickException as problem:
         return _bye(2, usage_error(problem))
     except click.exceptions.Exit as leaving:

@@ -8,12 +8,11 @@ from __future__ import annotations
 import difflib
 import errno
 import re
-import shlex
 from typing import Any
 
 import click
 
-from maese.errors import MaeseError, UsageError
+from maese.errors import UsageError
 from maese.say import catalogue, has, language, number, say
 
 # Words people bring from other tools or from their own language: suggestions, not aliases.
@@ -158,48 +157,6 @@ def too_long(problem: OSError) -> UsageError | None:
     if problem.errno != errno.ENAMETOOLONG:
         return None
     return UsageError("USE-15", found=str(problem.filename)[:40])
-
-
-# Errors about a name that was typed and the fact that holds it: typed again with the nearest one, they are mended.
-MISSPELT = {"USE-05": "name", "USE-08": "found", "PERSONA-01": "name", "RUN-02": "run"}
-STANDS_FOR = {"--context": "data.max_length", "--method": "method.kind"}  # options of `plan`, as keys
-
-
-def mended(problem: MaeseError, words: list[str]) -> str:
-    """An error as text, its repair made of the words that were typed, so that it can be pasted.
-
-    «maese train RECETA train.lr=1» after `maese train mio.yaml size=nano train.lr=99` is
-    «maese train mio.yaml size=nano train.lr=1».
-    """
-    text, mark = str(problem), say("error.label.try") + ":"
-    command = next((word for word in words if word in ("train", "plan")), "")
-    rest = words[words.index(command) + 1 :] if command else []
-    recipe = rest[0] if rest and not rest[0].startswith("-") and "=" not in rest[0] else None
-    if problem.code == "RUN-02" and recipe and "--from" in rest:  # there is nothing yet to go on from
-        return text.replace("maese runs", shlex.join(["maese", "train", recipe]))
-    name, near = problem.facts.get(MISSPELT.get(problem.code, "")), problem.facts.get("nearest")
-    if name in words and near:
-        again = shlex.join(["maese", *(str(near) if word == name else word for word in words)])
-        return re.sub(rf"(  {mark} +)maese .*", lambda found: found[1] + again, text, count=1)
-    if problem.code == "USE-03" and any(word.startswith(f"{problem.facts['key']}=") for word in rest) and recipe:
-        return text.replace("maese train quijote", shlex.join(["maese", "train", recipe]))
-
-    def whole(found: re.Match) -> str:
-        keys = shlex.split(found[1])
-        gone = {word.partition("=")[0] for word in keys} | {str(problem.facts.get("key"))}
-        kept, skip = [], False
-        for word in words:
-            # In a recipe of stages the key is that of one of them: `pretrain.data.max_length`.
-            stands = word in STANDS_FOR and any(f".{key}".endswith(f".{STANDS_FOR[word]}") for key in gone)
-            if not skip and word.partition("=")[0] not in gone and not stands:
-                kept.append(word)
-            skip = stands
-        return shlex.join(["maese", *kept, *keys])
-
-    blank = say("cli.metavar.recipe")
-    if rest:
-        text = re.sub(rf"maese train {blank}((?: (?:[^\s'(=]+=)(?:'[^']*'|[^\s'(]+))+)", whole, text)
-    return text.replace(f" {blank}", f" {shlex.quote(recipe)}") if recipe else text
 
 
 def _options(ctx: click.Context | None) -> list[str]:

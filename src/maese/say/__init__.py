@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import string
 import tomllib
+from collections.abc import Callable
 from functools import cache
 from importlib import resources
 
@@ -116,8 +117,11 @@ def error_explained(code: str) -> str:
     return "\n".join(lines)
 
 
-def error_text(code: str, facts: dict[str, object]) -> str:
-    """An error for people: what happened, what was found, what was expected, what to type."""
+def error_text(code: str, facts: dict[str, object], again: Callable[[list[str]], list[str]] | None = None) -> str:
+    """An error for people: what happened, what was found, what was expected, what to type.
+
+    `again` gives the lines of what to type as this person would type them.
+    """
     from shlex import quote
 
     # What is typed must survive a folder with spaces in its name.
@@ -128,6 +132,8 @@ def error_text(code: str, facts: dict[str, object]) -> str:
         if has(f"error.{code}.{part}"):
             label = say(f"error.label.{part}") + ":"
             body = say(f"error.{code}.{part}", **(typed if part == "try" else facts)).splitlines() or ["—"]
+            if again and part == "try":
+                body = again(body)
             lines += [f"  {label:<11} {body[0]}", *(" " * 14 + line for line in body[1:])]
     label = say("error.label.more") + ":"
     return "\n".join([*lines, f"  {label:<11} maese explain {code}"])
