@@ -415,8 +415,9 @@ def test_an_unknown_command_of_a_group(fails):
 @pytest.mark.parametrize(
     "flag", [["--temperature", "9"], ["--max-new-tokens", "0"], ["--top-p", "0"], ["--sentences", "0"]]
 )
-def test_ways_of_writing_out_of_range(fails, tiny, flag):
-    fails("USE-03", "generate", tiny, "Hola", *flag)
+def test_ways_of_writing_out_of_range(fails, maese, tiny, flag):
+    said = fails("GEN-03", "generate", tiny, "Hola", *flag)
+    assert maese(*typed(said))[0] == 0
 
 
 # Models

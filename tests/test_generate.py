@@ -236,7 +236,7 @@ def test_chat_commands(tiny, here):
     chat = Chat(open_company(str(tiny)), max_new_tokens=4)
     assert chat.command("/temperature 0,5") == ("chat.set", {"name": "temperature", "value": "0.5"})
     assert chat.command("/temperature") == ("chat.set", {"name": "temperature", "value": "0.5"})
-    with pytest.raises(MaeseError, match="USE-03"):
+    with pytest.raises(MaeseError, match="GEN-03"):
         chat.command("/top_p 7")
     assert chat.settings["temperature"] == 0.5 and "top_p" not in chat.settings
     assert chat.command("/volar")[0] == "chat.unknown"

@@ -162,7 +162,8 @@ class Writer:
         try:
             return recipes.Generate.model_validate(self.settings.model_dump() | given)
         except ValueError as problem:
-            raise recipes.mistake(problem) from None  # type: ignore[arg-type]  # pydantic's is one
+            wrong = recipes.mistake(problem)  # type: ignore[arg-type]  # pydantic's is one
+            raise (MaeseError("GEN-03", **wrong.facts) if wrong.code == "USE-03" else wrong) from None
 
     def _write(
         self, ids: list[int], settings: recipes.Generate, on_text: Callable[[str], object] | None,
