@@ -397,7 +397,10 @@ def test_a_prompt_where_the_model_should_be(fails, words):
 
 
 def test_a_number_out_of_bounds_is_told_with_them(fails):
-    assert "un número entero, ≥ 8\n" in fails("USE-11", "plan", "--base", "gpt2", "--context", "0", exit=2)
+    said = fails("USE-11", "plan", "--base", "gpt2", "--context", "0", exit=2)
+    assert "un número entero, ≥ 8\n" in said and re.search(r"encontré: +0\n", said)
+    assert re.search(r"encontré: +mucha\n", fails("USE-11", "generate", "x", "y", "--temperature", "mucha", exit=2))
+    assert re.search(r"encontré: +fr\n", fails("USE-11", "--lang", "fr", exit=2))
 
 
 def test_the_folder_one_is_in_is_no_new_name(fails, maese, receta):

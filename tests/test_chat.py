@@ -308,7 +308,13 @@ def test_odd_things_typed_do_not_end_a_conversation(talk, monkeypatch, here):
     monkeypatch.setenv("HOME", str(here / "casa"))
     odd = ["/persona " + "a" * 300, "/next ²", "/seed 1e400", "/save ~/charla.json", "/save .", "/edit", "/system"]
     _, said = talk("Hola", *odd, "/save " + "b" * 300, "👩\u200d👧 n\u0303", "/tokens")
-    assert "USE-15" in said and "GEN-03" in said and "maese train" not in said and "RUN-01" in said and said.count("tokens/s") == 3
+    assert (
+        "USE-15" in said
+        and "GEN-03" in said
+        and "maese train" not in said
+        and "RUN-01" in said
+        and said.count("tokens/s") == 3
+    )
     assert (here / "casa" / "charla.json").is_file() and not (here / "~").exists()
     assert "tokens de 128 en la conversación" in said and "BUG" not in said
 

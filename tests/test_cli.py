@@ -289,7 +289,7 @@ def test_chat_over_a_pipe(maese, taller, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed)))
     status, out, said = maese("chat", "preguntas", "--max-new-tokens", "5")
     assert status == 0 and "Conversas con «preguntas»" in said and "tú>" not in out
-    assert "temperature = 0.5" in said and "USE-03" in said and "No conozco /inventada" in said
+    assert "temperature = 0.5" in said and "GEN-03" in said and "No conozco /inventada" in said
     assert len(out.splitlines()) >= 2 and said.count("tokens/s") == 2
     kept = json.loads(Path("notas/charla.json").read_text("utf-8"))
     assert [m["role"] for m in kept["messages"]] == ["user", "assistant"]

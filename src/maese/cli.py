@@ -189,7 +189,7 @@ def _make(
 
     if first and last and STAGES.index(last) < STAGES.index(first):
         later = " | ".join(STAGES[STAGES.index(first) :])
-        raise UsageError("USE-11", name="--until", command=ctx.command_path, expected=later)
+        raise UsageError("USE-11", name="--until", command=ctx.command_path, found=last, expected=later)
     again = first if run is None else None
     if again:
         run = runs.find(pipeline.output or pipeline.name)
