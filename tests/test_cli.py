@@ -221,10 +221,15 @@ def test_runs_tells_the_state_of_each(maese, recipe, monkeypatch):
         os.utime(run.path / "recipe.yaml", (i, i))
     events = [json.dumps({"type": "validation", "step": 1, "loss": loss}) for loss in (3.5, 2.25)]
     run.write("events.jsonl", "\n".join(events))
+    for training, losses in (("pretrain", (9.0, 5.5)), ("instruct", (4.0, 1.5))):
+        part = Run(f"runs/2026-01-06-acabado/{training}")
+        part.path.mkdir()
+        part.write("events.jsonl", "\n".join(json.dumps({"type": "validation", "loss": loss}) for loss in losses))
     status, out, said = maese("runs")
     rows = {line.split()[0][11:]: line.split(maxsplit=1)[1] for line in out.splitlines()}
     assert status == 0 and list(rows) == list(told)[::-1]
     assert rows["roto"].split("  ")[-1].strip() == "3,500 → 2,250"
+    assert rows["acabado"].split("  ")[-1].strip() == "4,000 → 1,500"
     states = {name: re.match(r"(con error|\w+)", row).group() for name, row in rows.items()}
     assert states == {
         "vivo": "entrenando", "muerto": "interrumpido", "reciclado": "interrumpido", "nacido": "interrumpido",

@@ -100,6 +100,7 @@ CASES = {
     "learning": (history(FALLING, CHECKS), [PROSE]),
     "overfitting": (history(FALLING, [4, 3, 2.5, 2.6, 2.8]), [PROSE]),
     "worse": (history(FALLING, [2.0, 2.1, 2.3]), [PROSE]),
+    "settled": (history(FALLING, [4.0, 2.6, 2.4, 2.41]), [PROSE]),
     "not_following": (history(FALLING, [3.0, 2.999, 2.998]), [PROSE]),
     "too_high": (history([3, 3, 3, *[4.2] * 10, *[2.9] * 27], CHECKS), [PROSE]),
     "flat": (history(STILL, [3.0, 3.0, 3.0]), [PROSE]),

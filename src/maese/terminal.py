@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from maese.live import shorten, watcher
+from maese.pipeline import TRAININGS
 from maese.run import Run, first_process
 from maese.say import duration, number, percent, say
 
@@ -163,7 +164,10 @@ def list_runs(json: bool = False, quiet: int = 0) -> None:
         status = state.get("status", "training")
         if status == "training":
             status = "training" if run.holder() else "interrupted"
-        losses = [e["loss"] for e in run.history() if e["type"] == "validation"]
+        # A model made from nothing keeps them by training: those of the last it came to.
+        folders = (*(path.parent / stage for stage in TRAININGS[::-1]), path.parent)
+        checks = ([e["loss"] for e in Run(each).history() if e["type"] == "validation"] for each in folders)
+        losses = next(filter(None, checks), [])
         rows.append({"run": path.parent.name, "status": status, "first": losses[:1], "last": losses[-1:]})
     if json:
         sys.stdout.write(jsons.dumps(rows, ensure_ascii=False) + "\n")

@@ -220,7 +220,13 @@ def _learning(checks: list[Event], base: dict) -> Diagnosis:
     if not base["checks"]:
         return Diagnosis("unmeasured", base)
     fall = _held_fall(base)
-    return Diagnosis("learning" if fall >= MOVED else "not_following", base | {"fall": 100 * fall})
+    if fall < MOVED:
+        return Diagnosis("not_following", base | {"fall": 100 * fall})
+    best, step = min((e["loss"], e["step"]) for e in checks if finite(e.get("loss")) is not None)
+    if step < base["steps"] and best < base["validation_final"]:  # more of the same would bring nothing
+        fall = 1 - best / base["validation_initial"]
+        return Diagnosis("settled", base | {"best": best, "best_step": step, "fall": 100 * fall})
+    return Diagnosis("learning", base | {"fall": 100 * fall})
 
 
 def _held_fall(base: dict) -> float:

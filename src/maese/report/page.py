@@ -25,7 +25,15 @@ from maese.text.clean import reason_name
 
 # A sign beside the colour, for those who do not see the colour.
 GOOD, CARE, BAD = ("good", "✓"), ("care", "!"), ("bad", "✕")
-MOODS = {"learning": GOOD, "diverged": BAD, "diverged_nan": BAD, "failed": BAD, "worse": BAD, "too_high": BAD}
+MOODS = {
+    "learning": GOOD,
+    "settled": GOOD,
+    "diverged": BAD,
+    "diverged_nan": BAD,
+    "failed": BAD,
+    "worse": BAD,
+    "too_high": BAD,
+}
 PLAN = ("rows", "tokens", "targets", "validation_rows", "validation_tokens", "steps", "epochs", "micro_batch",
         "accumulation", "max_length", "precision", "device", "threads", "memory_gib")  # fmt: skip
 FEW_TOKENS = 20_000  # under this many held-out tokens, a second decimal of the loss is noise
