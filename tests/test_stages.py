@@ -171,6 +171,23 @@ def test_what_follows_pretraining_is_done_over_the_model_there_is(workshop, caps
     assert (made.size, made.shape.width) == ("nano", 32) and "▸ nano" in capsys.readouterr().err
 
 
+def test_what_was_gathered_is_what_is_worked_on(workshop, capsys):
+    """Other sources in the recipe are not passed over in silence once the texts of the old ones are there."""
+    assert maese("train", "mio.yaml", "output=hecho", "--until", "tokenizer") == 0
+    kept = Path("hecho/recipe.yaml").read_text("utf-8")
+    assert "dedup: exact" in kept
+    Path("hecho/recipe.yaml").write_text(kept.replace("dedup: exact", "dedup: near"), "utf-8")
+    capsys.readouterr()
+    assert maese("resume", "hecho") == 1
+    assert "RESUME-05" in (said := capsys.readouterr().err) and "instruct.data.dedup: near" in said
+    Path("hecho/recipe.yaml").write_text(kept, "utf-8")
+    asked = ("train", "mio.yaml", "output=hecho", "--from", "tokenizer", "--until", "tokenizer")
+    assert maese(*asked, "instruct.data.dedup=near") == 1
+    assert "RUN-09" in (said := capsys.readouterr().err) and "--from data" in said
+    Path("mio.yaml").write_text(Path("mio.yaml").read_text("utf-8").replace("dedup: exact", "dedup: near"), "utf-8")
+    assert maese(*asked) == 0 and "dedup: exact" in Path("hecho/recipe.yaml").read_text("utf-8")
+
+
 def test_too_little_text_for_the_vocabulary_is_said_and_the_model_keeps_its_size(workshop, capsys):
     assert maese("train", "mio.yaml", "--until", "tokenizer", "shape.vocabulary=20000", "output=hecho") == 0
     assert "20.000" in capsys.readouterr().err

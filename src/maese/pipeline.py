@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import shlex
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +25,7 @@ TRAININGS = ("pretrain", "instruct")
 STAGES = ("data", "tokenizer", *TRAININGS, "evaluate", "report")
 SHARED = ("train", "eval", "generate", "method")
 MADE = ("size", "architecture", "shape", "dropout", "seed", "pretrain")  # what a model is once it is pretrained
+GATHERED = ("sources", "clean", "dedup", "format")  # of the data of each training, what its first stage works on
 OWN = {"name", "base", "output"}  # of each training: they follow from what it is part of
 
 
@@ -68,18 +70,27 @@ class Pipeline(Strict):
 
 
 def over(asked: Pipeline, made: Pipeline, run: str, first: str, typed: tuple[str, ...]) -> Pipeline:
-    """What is asked of the stages from `first` on, over the model that was made in the folder `run`.
+    """What is asked of the stages from `first` on, over what was made in the folder `run`.
 
-    After pretraining there is a model, and it is the size it is, whatever the recipe says by default. `typed` is the
-    recipe and its changes as they were typed. Error: RUN-09 (one of them is about what is made already).
+    The data are those that were gathered, and after pretraining the model is the size it is, whatever the recipe says
+    by default. `typed` is the recipe and its changes as they were typed. Error: RUN-09 (one of them is about what is
+    made already).
     """
-    if STAGES.index(first) <= STAGES.index("pretrain"):
+    if first == "data":
         return asked
+    kept = {f"{training}.data.{key}": "data" for training in made.trainings for key in GATHERED}
+    kept = {dotted: stage for dotted, stage in kept.items() if dotted.split(".")[0] in asked.trainings}
+    if STAGES.index(first) > STAGES.index("pretrain"):
+        kept |= dict.fromkeys(MADE, "tokenizer")
     for change in typed[1:]:
-        key = change.partition("=")[0].split(".")[0]
-        if key in MADE and getattr(asked, key) != getattr(made, key):
-            raise MaeseError("RUN-09", change=change, run=run, first=first, words=shlex.join(typed))
-    return asked.model_copy(update={key: getattr(made, key) for key in MADE})
+        key = change.partition("=")[0]
+        for dotted, stage in kept.items():
+            if f"{key}.".startswith(f"{dotted}.") and attrgetter(dotted)(asked) != attrgetter(dotted)(made):
+                raise MaeseError("RUN-09", change=change, run=run, first=first, stage=stage, words=shlex.join(typed))
+    now = asked.model_dump()
+    for dotted in kept:
+        recipes.put(now, dotted, attrgetter(dotted)(made))
+    return Pipeline.model_validate(now)
 
 
 def is_pipeline(path: Path) -> bool:

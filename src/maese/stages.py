@@ -29,7 +29,7 @@ from maese import pipeline as panel
 from maese import recipe as recipes
 from maese import run as runs
 from maese.errors import Interrupted, MaeseError
-from maese.pipeline import STAGES, TRAININGS, Pipeline
+from maese.pipeline import GATHERED, STAGES, TRAININGS, Pipeline
 from maese.plan.sizes import SIZES, Shape
 from maese.recipe import Data, Recipe
 from maese.run import Run
@@ -65,6 +65,8 @@ def make(
         run.open_for_writing()
     doing = first
     try:
+        if done(run, "data"):
+            _refuse_other_data(run, pipeline)
         for stage in STAGES[: STAGES.index(first)]:
             if stage in _stages(pipeline) and not done(run, stage):
                 raise MaeseError("RUN-07", stage=stage, run=str(run.path), first=first)
@@ -160,11 +162,18 @@ def gather_data(run: Run, pipeline: Pipeline, _watcher: Any) -> None:
         data, counts[training] = gather(getattr(pipeline, training).data, run.path / "data" / training)
         if not data.sources:  # a recipe has some: nothing of them was worth learning
             raise MaeseError("DATA-05", path=counts[training][0]["source"])
-        said = data.model_dump(include={"sources", "clean", "dedup", "format"})
+        said = data.model_dump(include=set(GATHERED))
         for source in said["sources"]:
             source["path"] = str(Path(source["path"]).relative_to(run.path))
         run.write(f"data/{training}.json", said)
+    run.write("data/asked.json", _asked(pipeline))
     run.write("counts.json", counts)
+
+
+def _asked(pipeline: Pipeline) -> dict[str, Any]:
+    """What decides the data that are gathered: `{"pretrain.data.dedup": "near", …}`."""
+    datas = {name: getattr(pipeline, name).data.model_dump(mode="json") for name in pipeline.trainings}
+    return {f"{name}.data.{key}": data[key] for name, data in datas.items() for key in GATHERED}
 
 
 def make_tokenizer(run: Run, pipeline: Pipeline, _watcher: Any) -> None:
@@ -243,6 +252,14 @@ def train(run: Run, pipeline: Pipeline, watcher: Any, training: str) -> None:
             loop.train(recipe_of(run, pipeline, training), watch=watch)
 
 
+def _refuse_other_data(run: Run, pipeline: Pipeline) -> None:
+    """RESUME-05 where the recipe of the whole now asks for other data than were gathered."""
+    before, now = run.read("data/asked.json") or {}, _asked(pipeline)
+    changed = [(key, value, now.get(key)) for key, value in before.items() if now.get(key) != value]
+    if changed:
+        raise _changed(run, changed)
+
+
 def _refuse_changed(run: Run, pipeline: Pipeline, part: Run) -> None:
     """RESUME-05 where the recipe of the whole now asks of a training half done what it was not begun with."""
     from maese.train.checkpoint import refusals
@@ -253,8 +270,12 @@ def _refuse_changed(run: Run, pipeline: Pipeline, part: Run) -> None:
     made = run.read("base/shape.json") or {}
     changed += [(key, made[key], value) for key, value in _made_of(pipeline).items() if made.get(key, value) != value]
     if changed:
-        then, found = (", ".join(f"{key}: {said[i]}" for key, *said in changed) for i in (0, 1))
-        raise MaeseError("RESUME-05", found=found, then=then, run=str(run.path))
+        raise _changed(run, changed)
+
+
+def _changed(run: Run, changed: list[tuple[str, Any, Any]]) -> MaeseError:
+    then, found = (", ".join(f"{key}: {said[i]}" for key, *said in changed) for i in (0, 1))
+    return MaeseError("RESUME-05", found=found, then=then, run=str(run.path))
 
 
 def evaluate(run: Run, pipeline: Pipeline, _watcher: Any) -> None:
