@@ -129,6 +129,8 @@ def test_every_stage_leaves_its_folder_and_the_report_shows_it(workshop, capsys)
     run = Run("hecho")
     counts = run.read("counts.json")["instruct"][0]
     assert counts["duplicate"] == 5 and counts["train"] + counts["validation"] == 40 and counts["read"] == 45
+    book = run.read("counts.json")["pretrain"][0]
+    assert (book["read"], book["train"], book["validation"]) == (1, 1, 1)
     scores = run.read("scores.json")
     assert {"pretrain", "instruct"} == scores["bits_per_byte"].keys() == scores["pairs"].keys()
     assert all(0 < by[m]["value"] < 20 for by in scores["bits_per_byte"].values() for m in by)

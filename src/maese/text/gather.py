@@ -39,7 +39,8 @@ def gather(data: Data, folder: Path, progress: Progress | None = None) -> tuple[
         folder.mkdir(parents=True, exist_ok=True)
         files = [stack.enter_context(path.open("w", encoding="utf-8")) for path in paths]
         for done, parcel in enumerate(flow(readings, examined, data), 1):
-            counts[parcel.source]["read"] += 1
+            # The end of a book, kept apart, is of the book that was read.
+            counts[parcel.source]["read"] += not (readings[parcel.source].one_piece and parcel.side == "validation")
             if parcel.item is None:
                 counts[parcel.source][parcel.reason] += 1
                 continue
