@@ -458,6 +458,19 @@ def test_a_base_that_is_not_there(fails, maese, receta, tiny, typo):
     assert maese("-qq", *typed(said), "output=bien")[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("MODEL-01", ["train", "receta.yaml", "base=~nadie-con-este-nombre/modelo"]),
+        ("DATA-01", ["train", "receta.yaml", "data.sources=[{path: ~nadie-con-este-nombre/libro.txt}]"]),
+        ("DATA-01", ["data", "check", "~nadie-con-este-nombre/libro.txt"]),
+        ("MODEL-01", ["generate", "~nadie-con-este-nombre/modelo", "Hola"]),
+    ],
+)
+def test_the_house_of_somebody_who_is_not_here(fails, receta, code, words):
+    assert "~nadie-con" in fails(code, *words)
+
+
 @pytest.mark.parametrize("name", ["mi modelo é", "modelo (2)"])
 def test_a_folder_with_odd_letters_can_be_typed_as_it_is_told(fails, maese, receta, tiny, name):
     shutil.copytree(tiny, f"modelos/{name}")

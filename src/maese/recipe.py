@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 import re
 from pathlib import Path
 from types import UnionType
@@ -165,6 +166,11 @@ def shipped(name: str) -> Path:
 def names() -> list[str]:
     """The recipes that travel with maese: `["demo", "pokemon", "quijote"]`."""
     return sorted(path.stem for path in shipped("recipes").glob("*.yaml"))
+
+
+def at_home(name: str | Path) -> Path:
+    """A path as typed, `~` opened: of somebody who is not here, `~nadie/x`, it stays, and is told as not found."""
+    return Path(os.path.expanduser(name))
 
 
 def find(what: str) -> Path:

@@ -149,7 +149,7 @@ class Run:
 def create(recipe: recipes.Recipe) -> Run:
     """A new run folder for a recipe; an existing one with something in it is never written over."""
     if recipe.output:
-        path = Path(recipe.output).expanduser()
+        path = recipes.at_home(recipe.output)
         if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
             raise MaeseError("RUN-01", path=str(path), free=str(free(path)))
     else:

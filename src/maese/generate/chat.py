@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from maese.generate.draft import Answer
 from maese.generate.engine import Writer
 from maese.generate.personas import Company, fitting
 from maese.model.load import context_of
-from maese.recipe import Generate, scalar
+from maese.recipe import Generate, at_home, scalar
 from maese.run import refuse_taken, write_whole
 from maese.text.record import Conversation, Message
 from maese.tokens.template import encode
@@ -167,7 +166,7 @@ class Chat:
         if name == "tokens":
             return "chat.tokens", {"used": self.used(), "longest": context_of(self.writer.model)}
         if name == "save":
-            return "chat.saved", {"path": str(self.save(Path(os.path.expanduser(value or "chat.json"))))}
+            return "chat.saved", {"path": str(self.save(at_home(value or "chat.json")))}
         if name in SETTINGS:
             return self._set(name, value)
         near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0)

@@ -24,6 +24,7 @@ from maese.generate.draft import Answer
 from maese.generate.engine import Writer, as_run, folder_writer, open_writer
 from maese.model import adapter, load
 from maese.model.voices import BASE
+from maese.recipe import at_home
 from maese.text.record import Message
 
 PERSONAS = recipes.INSIDE["embedded"] / "personas"  # those that travel with the package
@@ -56,7 +57,7 @@ def find(what: str) -> Persona:
 
     Errors: PERSONA-01 (there is none), PERSONA-02 (a run of whole weights, not of an adapter), RUN-05 (not finished).
     """
-    folder = Path(what).expanduser()
+    folder = at_home(what)
     if what in shipped():
         return Persona(what, PERSONAS / what)
     if adapter.is_adapter(folder):

@@ -22,7 +22,7 @@ from typing import Any
 
 from maese.errors import MaeseError
 from maese.model.gguf import PACKAGED, packaged, unpacked
-from maese.recipe import INSIDE
+from maese.recipe import INSIDE, at_home
 from maese.say import say
 
 UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
@@ -41,7 +41,7 @@ def resolve(base: str) -> Path:
         return INSIDE[base]
     if base in PACKAGED:
         return packaged(base)
-    folder = Path(base).expanduser()
+    folder = at_home(base)
     if folder.is_dir():
         return folder
     if folder.suffix == ".gguf" and folder.is_file():

@@ -11,7 +11,7 @@ from typing import Any
 from maese.model.adapter import ABOUT
 from maese.model.gguf import PACKAGED
 from maese.model.load import weights_hash
-from maese.recipe import INSIDE, Recipe
+from maese.recipe import INSIDE, Recipe, at_home
 from maese.run import disk, sync
 from maese.tokens.template import Renderer
 
@@ -56,7 +56,7 @@ def _save_weights(model: Any, folder: Path, recipe: Recipe, base: Path, weights:
     if recipe.method.adapts:  # the rows of new tokens are in the adapter: not the whole embedding, as PEFT would
         more["save_embedding_layers"] = False
     model.save_pretrained(folder, safe_serialization=True, **more)
-    place = Path(recipe.base).expanduser()
+    place = at_home(recipe.base)
     in_folder = recipe.base not in INSIDE and place.is_dir()
     in_file = place.suffix == ".gguf" and place.is_file()
     about = {

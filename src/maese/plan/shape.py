@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from maese.errors import MaeseError
 from maese.plan.sizes import SIZES, Architecture, Shape
-from maese.recipe import INSIDE
+from maese.recipe import INSIDE, at_home
 
 Targets = list[str] | tuple[str, ...] | Literal["all-linear"]
 
@@ -133,7 +133,7 @@ def open_shape(base: str, architecture: Architecture = "modern") -> Anatomy:
 
     A size (`nano`, `mini`, `base`) is of the `architecture`, and a folder of that name comes before it.
     """
-    folder = INSIDE.get(base, Path(base).expanduser())
+    folder = INSIDE.get(base, at_home(base))
     if (folder / "config.json").is_file():
         return anatomy(_read(folder / "config.json"), base)
     if base in SIZES:
@@ -167,7 +167,7 @@ def _read(path: Path) -> dict[str, Any]:
 @cache
 def file_of(base: str) -> int | None:
     """Bytes of the weights of a base on this disk; None where they are not here."""
-    folder = INSIDE.get(base, Path(base).expanduser())
+    folder = INSIDE.get(base, at_home(base))
     place = folder if (folder / "config.json").is_file() else _fetched(base)
     return sum(path.stat().st_size for path in place.glob("*.safetensors")) if place else None
 
@@ -176,7 +176,7 @@ def _fetched(base: str) -> Path | None:
     """The folder of a model of the hub that was fetched before; the network is not asked."""
     name, _, revision = base.partition("@")
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
-    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    cache = at_home(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
     store = cache / f"models--{name.replace('/', '--')}"
     with_ref = store / "refs" / (revision or "main")
     at = with_ref.read_text("utf-8").strip() if with_ref.is_file() else revision

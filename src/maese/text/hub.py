@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from maese.errors import MaeseError
-from maese.recipe import Source
+from maese.recipe import Source, at_home
 
 
 def hub_rows(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -28,7 +27,7 @@ def hub_rows(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
     disable_progress_bars()
     logging.set_verbosity_error()
     name, _, revision = str(source.hub).partition("@")
-    folder = Path(name).expanduser()
+    folder = at_home(name)
     try:
         found = load_dataset(
             str(folder) if folder.is_dir() else name,

@@ -15,11 +15,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from maese.errors import MaeseError
-from maese.recipe import Source
+from maese.recipe import Source, at_home
 from maese.text import streams
 from maese.text.hub import hub_rows
 from maese.text.record import Conversation, Document, Message, Note
@@ -235,7 +234,7 @@ def open_source(source: Source, format: str = "auto", on_fault: Fault | None = N
 
 def _stamp(source: Source) -> tuple:
     """Of a data set that is not a folder here there is nothing to look at."""
-    here = source.path is not None or Path(str(source.hub)).expanduser().is_dir()
+    here = source.path is not None or at_home(str(source.hub)).is_dir()
     return streams.stamp(source.name) if here else ()
 
 
@@ -243,7 +242,7 @@ def _opened(source: Source, format: str, on_fault: Fault | None, raw: bool) -> R
     stamp = _stamp(source)
     if source.hub is not None:
         found = format if format != "auto" else _looked(source, hub_rows(source), source.hub) or "messages"
-        folder = Path(source.hub).expanduser()
+        folder = at_home(source.hub)
         known = streams.sha256(source.hub) if folder.is_dir() else source.hub
         name = hashlib.sha256(f"{known}\0{source.part}".encode()).hexdigest()
         return Reading(source, found, name, 0, stamp, on_fault, raw)

@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from maese.errors import MaeseError
-from maese.recipe import shipped
+from maese.recipe import at_home, shipped
 
 MAGIC = {
     b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz", b"PK\x03\x04": ".zip",
@@ -52,7 +52,7 @@ def locate(path: str) -> Path:
     if path == "-":
         return piped()
     try:
-        place = Path(path).expanduser()
+        place = at_home(path)
         for candidate in (place, shipped(path)):
             if candidate.is_fifo():
                 return piped(str(candidate))

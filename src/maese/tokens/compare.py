@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from maese.errors import MaeseError
-from maese.recipe import INSIDE
+from maese.recipe import INSIDE, at_home
 from maese.say import has, number, percent, quantity, say
 from maese.tokens.encode import byte_letters
 
@@ -57,7 +57,7 @@ def open_tokenizer(name: str) -> Any:
 
     Specials are spelt out when they are typed. Errors: TOKEN-05 (nothing there that is a tokenizer).
     """
-    path = INSIDE[name] if name in INSIDE else Path(name).expanduser()
+    path = INSIDE[name] if name in INSIDE else at_home(name)
     try:
         tokenizer = _open(path)
     except Exception as problem:  # a damaged file raises whatever the reader of its format raises

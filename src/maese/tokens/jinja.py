@@ -21,6 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from maese.errors import MaeseError
+from maese.recipe import at_home
 from maese.say import say
 from maese.text.record import Message, Note
 from maese.tokens.template import CONTEXT, Piece, fitting
@@ -81,7 +82,7 @@ class Jinja:
     def _source(self) -> str:
         try:
             if self.name != "model":
-                with Path(self.name).expanduser().open("rb") as file:
+                with at_home(self.name).open("rb") as file:
                     source = file.read(4 * LARGEST + 1).decode("utf-8-sig")
             elif self._tokenizer.chat_template:
                 source = self._tokenizer.get_chat_template()

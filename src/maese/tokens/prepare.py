@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from maese.errors import MaeseError
-from maese.recipe import Data
+from maese.recipe import Data, at_home
 from maese.text import read, split
 from maese.text.convert import row_of
 from maese.text.deal import Examined, Parcel, examine, flow, summary
@@ -117,7 +117,7 @@ def _count(rows: store.Rows) -> dict[str, int]:
 
 def _key(data: Data, readings: list[Reading], tokenizer: Any, prompts: list[str]) -> str:
     """What the prepared files depend on, and nothing else: the same words, tokenizer and choices are the same files."""
-    template = Path(data.template).expanduser()
+    template = at_home(data.template)
     choices = data.model_dump() | {"packing": False}
     for source in choices["sources"]:
         source["path"] = None  # the same files are the same wherever they are; what they hold is in their hash

@@ -24,6 +24,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from maese.recipe import at_home
 from maese.run import disk, sync, write_whole
 from maese.tokens.template import Example
 
@@ -251,7 +252,7 @@ def cache_folder() -> Path:
     """Where token files are kept: $MAESE_CACHE, else the folder that the system sets apart for such things."""
     home = os.environ.get("MAESE_CACHE")
     if home:
-        return Path(home).expanduser() / "tokens"
+        return at_home(home) / "tokens"
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "maese" / "tokens"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maese" / "tokens"

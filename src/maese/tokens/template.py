@@ -17,10 +17,10 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from maese.errors import MaeseError
+from maese.recipe import at_home
 from maese.text.record import Conversation, Document, Message, Note
 from maese.tokens.runs import Encode, Runs
 
@@ -153,7 +153,7 @@ def open_template(name: str, tokenizer: Any, encode_many: Encode | None = None) 
     shape: Shape
     if name in TEMPLATES:
         shape = Written(name, TEMPLATES[name], tokenizer)
-    elif name == "model" or (name.endswith(FILES) and Path(name).expanduser().is_file()):
+    elif name == "model" or (name.endswith(FILES) and at_home(name).is_file()):
         from maese.tokens.jinja import Jinja
 
         shape = Jinja(name, tokenizer)

@@ -20,7 +20,7 @@ from maese.evaluate.likelihood import refuse_blended
 from maese.model import adapter, load, rows
 from maese.model.quant import load_quantized
 from maese.plan.machine import Machine, allocator, machine
-from maese.recipe import Recipe, Train
+from maese.recipe import Recipe, Train, at_home
 from maese.text import streams
 from maese.tokens.batches import steps_per_epoch
 from maese.tokens.marks import add_marks
@@ -231,14 +231,14 @@ def anywhere(recipe: Recipe) -> Recipe:
     """
 
     def found(name: str) -> str:
-        path = streams.locate(name) if name == "-" else Path(name).expanduser()
+        path = streams.locate(name) if name == "-" else at_home(name)
         ours = path.exists() and path.resolve() != recipes.shipped(name).resolve()
         return str(path.absolute()) if ours else name
 
     def absolute(source: recipes.Source) -> recipes.Source:
         return source if source.path is None else source.model_copy(update={"path": found(source.path)})
 
-    template = Path(recipe.data.template).expanduser()
+    template = at_home(recipe.data.template)
     changes = {
         "sources": [absolute(source) for source in recipe.data.sources],
         # A file here that happens to be called `maese` or `plain` is no template.
@@ -247,7 +247,7 @@ def anywhere(recipe: Recipe) -> Recipe:
         else recipe.data.template,
     }
     data = recipe.data.model_copy(update=changes)
-    folder = Path(recipe.base).expanduser()
+    folder = at_home(recipe.base)
     own = folder.is_dir() or (folder.suffix == ".gguf" and folder.is_file())
     name = str(folder.absolute()) if recipe.base not in recipes.INSIDE and own else recipe.base
     looks = (
