@@ -524,8 +524,9 @@ def known(say, seen=None):
         if seen is not None:
             seen.append(input_ids)
         logits = torch.nn.functional.one_hot(say(input_ids), WORDS + 1) * 100.0
-        return SimpleNamespace(logits=logits)
+        return SimpleNamespace(logits=logits, last_hidden_state=logits)
 
+    model.base_model, model.cls = model, lambda logits: logits
     return model
 
 
@@ -566,7 +567,7 @@ def test_holes_filled_are_counted_as_by_hand(held):
 
 
 def test_what_each_learns_is_its_own_loss(held):
-    """The decoder's is that of transformers; the encoder learns of holes alone, and of one in seven."""
+    """Both are those of transformers; the encoder learns of holes alone, and of one in seven."""
     import torch
 
     from maese.train.architectures import MASKED, Study, build, loss_of, perplexity
@@ -580,6 +581,15 @@ def test_what_each_learns_is_its_own_loss(held):
         for parameter in decoder.parameters():
             parameter.zero_()
         assert perplexity(decoder, held) == pytest.approx(WORDS + 1, rel=1e-4)
+        encoder, shown = build("encoder", WORDS + 1, settings).eval(), []
+        encoder.base_model.register_forward_pre_hook(
+            lambda _, __, given: shown.append(given.get("input_ids")), with_kwargs=True
+        )
+        torch.manual_seed(0)
+        ours = float(loss_of("encoder", HOLE)(encoder, held.ids_BT))
+        torch.manual_seed(0)
+        labels = torch.where(torch.rand(held.ids_BT.shape) < MASKED, held.ids_BT, -100)
+        assert ours == pytest.approx(float(encoder(input_ids=shown[0], labels=labels).loss), rel=1e-5)
     torch.manual_seed(0)
     ids, shown = held.ids_BT.repeat(50, 1), []
     assert float(loss_of("encoder", HOLE)(known(lambda _: ids, shown), ids)) == pytest.approx(0, abs=1e-6)
