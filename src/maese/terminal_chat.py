@@ -77,7 +77,7 @@ class Room:
         """What one can ask whoever answers from now on."""
         examples = self.chat.company.examples(name)[:3]
         if examples and self.chat.writer.format != "text":
-            self.say(say("chat.examples", examples=" · ".join(f"«{text}»" for text in examples)))
+            self.say(say("chat.examples", examples=" · ".join(say("chat.example", text=text) for text in examples)))
 
     def hear(self) -> str | None:
         """The next line, or None when the person leaves: Ctrl+C leaves a line half typed, and twice the chat."""
