@@ -23,7 +23,7 @@ SRC = ROOT / "src" / "maese"
 # The one place where the order is decided: a stage imports its own folder and the rows before it.
 RIVER = (
     "errors, say -> recipe, run, pipeline -> text -> tokens -> plan -> model -> generate -> evaluate -> train "
-    "-> export -> report, learn -> serve, studio -> stages, live, terminal, terminal_data, terminal_tokens, "
+    "-> export -> report, learn -> serve, studio -> kept, stages, live, terminal, terminal_data, terminal_tokens, "
     "terminal_stages, terminal_study, terminal_chat, terminal_plan, retyped, spoken, cli_data, cli_use, cli_plan, cli"
 )
 ROWS = [row.split(", ") for row in RIVER.split(" -> ")]
@@ -154,7 +154,13 @@ def python(*words: str, lang: str = "es") -> str:
 
 
 def test_help_comes_at_once():
-    best = min(timeit.repeat(lambda: python("-m", "maese", "--help"), number=1, repeat=5))
+    """In time of the processor: what else the machine is doing is no matter of ours."""
+
+    def spent() -> float:
+        used = os.times()
+        return used.children_user + used.children_system
+
+    best = min(timeit.repeat(lambda: python("-m", "maese", "--help"), timer=spent, number=1, repeat=5))
     assert best < 0.3, (
         f"maese --help took {best:.2f} s; `python -X importtime -m maese --help` shows what to import later"
     )

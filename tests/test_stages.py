@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -190,6 +192,64 @@ def test_what_was_gathered_is_what_is_worked_on(workshop, capsys):
     assert maese(*asked) == 0 and "dedup: exact" in Path("hecho/recipe.yaml").read_text("utf-8")
 
 
+def test_nothing_is_thrown_away_for_what_cannot_be(workshop, capsys):
+    """Sources that are not there, another process at work, a change of what is kept: all is as it was."""
+    assert maese("train", "mio.yaml", "output=hecho", "--until", "pretrain") == 0
+    run = Run("hecho")
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file() and path.name != "lock"}
+    for code, words in (
+        ("DATA-01", ["--from", "data", "pretrain.data.sources=[{path: libr.txt}]"]),
+        ("TEMPLATE-05", ["--from", "data", "instruct.data.template=chatmll"]),
+        ("RUN-09", ["--from", "tokenizer", "pretrain.data={sources: [{path: preguntas.jsonl}], format: text}"]),
+        ("RUN-09", ["--from", "evaluate", "instruct=null"]),
+        ("RUN-09", ["--from", "evaluate", "instruct.train.lr=0.5"]),
+        ("RUN-07", ["--from", "report"]),
+        ("RESUME-05", ["--from", "pretrain", "shape.vocabulary=320"]),
+    ):
+        capsys.readouterr()
+        assert maese("train", "mio.yaml", "output=hecho", *words) == 1
+        assert code in capsys.readouterr().err
+        assert before == {path: path.read_bytes() for path in before}, words
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", HOLDS], **pipes) as other:
+        assert other.stdout.readline().strip() == "held"
+        assert maese("train", "mio.yaml", "output=hecho", "--from", "tokenizer") == 1
+        assert "RUN-03" in capsys.readouterr().err and before == {path: path.read_bytes() for path in before}
+        other.kill()
+
+
+HOLDS = "from maese.run import Run; Run('hecho').open_for_writing(); print('held', flush=True); input()"
+
+
+@pytest.mark.parametrize(("old", "new"), [("lr: 0.001", "lr: 0.5"), ("vocabulary: 330", "vocabulary: 320")])
+def test_a_recipe_changed_under_what_is_done_is_not_passed_over(workshop, capsys, old, new):
+    assert maese("train", "mio.yaml", "output=hecho", "--until", "pretrain") == 0
+    path = Path("hecho/recipe.yaml")
+    text = path.read_text("utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new, 1), "utf-8")
+    assert maese("resume", "hecho") == 1 and "RESUME-05" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", ["resume", "--from"])
+def test_a_training_asked_for_later_has_its_data_gathered(workshop, way):
+    assert maese("train", "mio.yaml", "output=hecho", "instruct=null") == 0
+    first = Path("hecho/pretrain/events.jsonl").read_text("utf-8")
+    if way == "resume":
+        Path("hecho/recipe.yaml").write_text(panel.dump(panel.load("mio.yaml", ["output=hecho"])), "utf-8")
+        assert maese("resume", "hecho") == 0
+    else:
+        assert maese("train", "mio.yaml", "output=hecho", "--from", "instruct") == 0
+    assert {*Run("hecho").read("counts.json")} == {"pretrain", "instruct"} and Path("hecho/instruct/final").is_dir()
+    assert Path("hecho/pretrain/events.jsonl").read_text("utf-8") == first
+
+
+@pytest.mark.parametrize("change", ["pretrain.base=embedded", "instruct.output=x", "pretrain.name=x"])
+def test_what_follows_from_the_whole_is_not_said_of_a_part(workshop, capsys, change):
+    assert maese("train", "mio.yaml", change) == 1
+    assert "USE-02" in (said := capsys.readouterr().err) and change.partition("=")[0] in said
+
+
 def test_too_little_text_for_the_vocabulary_is_said_and_the_model_keeps_its_size(workshop, capsys):
     assert maese("train", "mio.yaml", "--until", "tokenizer", "shape.vocabulary=20000", "output=hecho") == 0
     assert "20.000" in capsys.readouterr().err
@@ -263,7 +323,7 @@ def test_ctrl_c_in_a_stage_that_does_not_train_says_how_it_goes_on(workshop, cap
 
 
 def test_a_report_half_written_is_written_again(workshop):
-    from maese.stages import done, forget
+    from maese.kept import done, forget
 
     run = Run("hecho")
     run.report.mkdir(parents=True)

@@ -7,7 +7,7 @@
 The river: folders are what the data is now, files are the step that moves it on, and imports flow one way:
 
     errors, say -> recipe, run, pipeline -> text -> tokens -> plan -> model -> generate -> evaluate -> train
-    -> report -> stages, live, terminal, terminal_data, terminal_tokens, terminal_stages, terminal_study,
+    -> report -> kept, stages, live, terminal, terminal_data, terminal_tokens, terminal_stages, terminal_study,
     terminal_chat, terminal_plan, retyped, spoken, cli_data, cli_use, cli_plan, cli
 """
 

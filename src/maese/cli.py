@@ -194,14 +194,10 @@ def _make(
     if again:
         run = runs.find(pipeline.output or pipeline.name)
         pipeline = panel.over(pipeline, panel.load(run.path / "recipe.yaml"), str(run.path), again, typed)
-    stages.refuse_longer(pipeline)  # before anything that was done is thrown away
-    if again:
-        stages.forget(run, again)
-        run.write("recipe.yaml", panel.dump(pipeline))  # what is asked now is what a resume would go on with
     terminal_stages.show_sizes(pipeline, **ctx.obj)
     tell = terminal_stages.teller(**ctx.obj)
     span = {"first": first or STAGES[0], "last": last or STAGES[-1]}
-    made = stages.make(pipeline, lambda: terminal.watcher(**ctx.obj), tell, run, **span)
+    made = stages.make(pipeline, lambda: terminal.watcher(**ctx.obj), tell, run, anew=bool(again), **span)
     terminal_stages.close(made, pipeline, **ctx.obj)
 
 

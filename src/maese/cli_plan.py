@@ -116,7 +116,7 @@ def _planned(asked: Asked) -> list[Planned]:
 
     name, changes = asked.name, asked.changes
     if name is not None and pipeline.is_pipeline(recipes.find(name)):
-        from maese.stages import shape_of
+        from maese.kept import shape_of
 
         whole = pipeline.load(name, changes)
         shape = of_size(shape_of(whole), whole.architecture, whole.dropout)

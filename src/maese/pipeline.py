@@ -82,10 +82,13 @@ def over(asked: Pipeline, made: Pipeline, run: str, first: str, typed: tuple[str
     kept = {dotted: stage for dotted, stage in kept.items() if dotted.split(".")[0] in asked.trainings}
     if STAGES.index(first) > STAGES.index("pretrain"):
         kept |= dict.fromkeys(MADE, "tokenizer")
+    if STAGES.index(first) > STAGES.index("instruct"):
+        kept["instruct"] = "instruct"
     for change in typed[1:]:
         key = change.partition("=")[0]
         for dotted, stage in kept.items():
-            if f"{key}.".startswith(f"{dotted}.") and attrgetter(dotted)(asked) != attrgetter(dotted)(made):
+            about = f"{key}.".startswith(f"{dotted}.") or f"{dotted}.".startswith(f"{key}.")  # `pretrain.data={…}` too
+            if about and attrgetter(dotted)(asked) != attrgetter(dotted)(made):
                 raise MaeseError("RUN-09", change=change, run=run, first=first, stage=stage, words=shlex.join(typed))
     now = asked.model_dump()
     for dotted in kept:
@@ -103,6 +106,8 @@ def load(what: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Pipel
     tree = recipes.tree_of(recipes.find(str(what)))
     for override in overrides:
         key, value = recipes.change(override)
+        if key.split(".")[0] in TRAININGS and key.partition(".")[2] in OWN:  # it would be dropped without a word
+            raise MaeseError("USE-02", key=key, nearest=key.partition(".")[2], value=recipes.typed(value))
         for dotted in _meant(key, tree):
             recipes.put(tree, dotted, value)
     try:

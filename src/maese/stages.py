@@ -17,7 +17,6 @@ A stage whose product is there is not done again, so whatever stops the whole, i
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import signal
@@ -29,9 +28,23 @@ from maese import pipeline as panel
 from maese import recipe as recipes
 from maese import run as runs
 from maese.errors import Interrupted, MaeseError
+from maese.kept import (
+    about,
+    asked_of,
+    data_of,
+    done,
+    forget,
+    gathered,
+    made_of,
+    recipe_of,
+    refuse_changed,
+    refuse_early,
+    refuse_other_training,
+    shape_of,
+    stages_of,
+)
 from maese.pipeline import GATHERED, STAGES, TRAININGS, Pipeline
-from maese.plan.sizes import SIZES, Shape
-from maese.recipe import Data, Recipe
+from maese.recipe import Data
 from maese.run import Run
 
 TOKENIZER_MB = 200.0  # of text that a tokenizer is trained on; more changes few of its merges
@@ -43,15 +56,16 @@ Tell = Callable[[str, dict[str, Any]], object]
 
 def make(
     pipeline: Pipeline, watcher: Callable[[], Any], tell: Tell, run: Run | None = None,
-    first: str = STAGES[0], last: str = STAGES[-1],
+    first: str = STAGES[0], last: str = STAGES[-1], anew: bool = False,
 ) -> Run:  # fmt: skip
-    """Do the stages from `first` to `last`. What they had left is made anew; what comes before them is kept.
+    """Do the stages from `first` to `last`; what comes before them is kept. `anew`, what they had left is thrown away.
 
     `watcher()` gives what shows one training; `tell(stage, facts)` hears of every stage that ends.
-    Errors: RUN-07 (a stage before `first` was never done), DIST-05 (several processes), BATCH-01 (rows longer than the
-    model takes), Interrupted (RUN-06 in a training, RUN-08 in any other stage), and those of each stage.
+    Errors: those of `refuse_early`; RUN-03 (another process is at it), RUN-07 (a stage before `first` was never done),
+    RESUME-05 (what is kept was made of another recipe), DIST-05 (several processes), Interrupted (RUN-06 in a training,
+    RUN-08 in any other stage), and those of each stage.
     """
-    refuse_longer(pipeline)
+    refuse_early(pipeline)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         problem = MaeseError("DIST-05", name=pipeline.name, run=str(run.path) if run else f"runs/…-{pipeline.name}")
         problem.agreed = True  # each of them finds it: the first says it
@@ -63,14 +77,19 @@ def make(
         run.write("environment.json", runs.environment())
     else:
         run.open_for_writing()
+        try:
+            refuse_changed(run, pipeline, first, anew)
+        except MaeseError:
+            run.close()
+            raise
     doing = first
     try:
-        if done(run, "data"):
-            _refuse_other_data(run, pipeline)
-        for stage in STAGES[: STAGES.index(first)]:
-            if stage in _stages(pipeline) and not done(run, stage):
-                raise MaeseError("RUN-07", stage=stage, run=str(run.path), first=first)
-        for stage in (stage for stage in _stages(pipeline) if stage in wanted):
+        if anew:
+            forget(run, first)
+            run.write("recipe.yaml", panel.dump(pipeline))  # what is asked now is what a resume would go on with
+        if done(run, "data") and not all(gathered(run, training) for training in pipeline.trainings):
+            gather_data(run, pipeline, watcher)  # of a training that was not asked for before
+        for stage in (stage for stage in stages_of(pipeline) if stage in wanted):
             doing = stage
             if not done(run, stage):
                 run.write("state.json", {"status": "training", "stage": stage})
@@ -84,6 +103,8 @@ def make(
         stopped.facts["run"] = str(run.path)
         raise
     except MaeseError as problem:
+        if doing in TRAININGS:
+            problem.facts.setdefault("training", doing)
         run.write("state.json", {"status": "error", "code": problem.code})
         raise
     except KeyboardInterrupt:  # no training was at work that would save first: the stage is done again
@@ -94,86 +115,24 @@ def make(
     return run
 
 
-def forget(run: Run, first: str) -> None:
-    """Throw away what a stage and those after it left, so that they are done again."""
-    for stage in STAGES[STAGES.index(first) :]:
-        for path in _products(run, stage):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def done(run: Run, stage: str) -> bool:
-    """Whether a stage has left all it should."""
-    if stage in TRAININGS:
-        return (Run(run.path / stage).read("state.json") or {}).get("status") == "finished"
-    return all(path.exists() for path in _products(run, stage))
-
-
-def _products(run: Run, stage: str) -> list[Path]:
-    """What a stage leaves; the last of them is written when all is there."""
-    names = {
-        "data": ["data", "counts.json"],
-        "tokenizer": ["tokenizer", "base", "tokenizers.json"],
-        "evaluate": ["scores.json"],
-        "report": ["report", "report/index.html"],
-    }
-    return [run.path / name for name in names.get(stage, [stage])]
-
-
-def _stages(pipeline: Pipeline) -> list[str]:
-    return [stage for stage in STAGES if stage not in TRAININGS or stage in pipeline.trainings]
-
-
-def refuse_longer(pipeline: Pipeline) -> None:
-    """BATCH-01 where rows would be longer than the model takes: before the stages that come first take their time."""
-    longest = shape_of(pipeline).context
-    for training in pipeline.trainings:
-        if (found := getattr(pipeline, training).data.max_length) > longest:
-            raise MaeseError("BATCH-01", key=f"{training}.data.max_length", found=found, longest=longest)
-
-
-def shape_of(pipeline: Pipeline) -> Shape:
-    """The size asked for, with what was said otherwise."""
-    said = {key: value for key, value in pipeline.shape.model_dump().items() if value is not None}
-    return dataclasses.replace(SIZES[pipeline.size], **said)
-
-
-def data_of(run: Run, pipeline: Pipeline, training: str) -> Data:
-    """The data of a training as the first stage left it."""
-    made = json.loads((run.path / "data" / f"{training}.json").read_text("utf-8"))
-    data: Data = getattr(pipeline, training).data
-    made["sources"] = [source | {"path": str(run.path / source["path"])} for source in made["sources"]]
-    return Data.model_validate(data.model_dump() | made)
-
-
-def recipe_of(run: Run, pipeline: Pipeline, training: str) -> Recipe:
-    """A training as any recipe: its base, its data and its folder are those of the whole."""
-    recipe: Recipe = getattr(pipeline, training)
-    data = data_of(run, pipeline, training)
-    changes = {"base": str(run.path / recipe.base), "output": str(run.path / training), "data": data}
-    return recipe.model_copy(update=changes)
-
-
 def gather_data(run: Run, pipeline: Pipeline, _watcher: Any) -> None:
     from maese.text.gather import gather
 
-    shutil.rmtree(run.path / "data", ignore_errors=True)
-    counts = {}
-    for training in pipeline.trainings:
-        data, counts[training] = gather(getattr(pipeline, training).data, run.path / "data" / training)
-        if not data.sources:  # a recipe has some: nothing of them was worth learning
-            raise MaeseError("DATA-05", path=counts[training][0]["source"])
+    counts = run.read("counts.json") or {}
+    for training in (training for training in pipeline.trainings if not gathered(run, training)):
+        shutil.rmtree(run.path / "data" / training, ignore_errors=True)
+        with about(training):
+            data, counts[training] = gather(getattr(pipeline, training).data, run.path / "data" / training)
+            if not data.sources:  # a recipe has some: nothing of them was worth learning
+                raise MaeseError("DATA-05", path=counts[training][0]["source"])
         said = data.model_dump(include=set(GATHERED))
         for source in said["sources"]:
             source["path"] = str(Path(source["path"]).relative_to(run.path))
         run.write(f"data/{training}.json", said)
-    run.write("data/asked.json", _asked(pipeline))
+        # So that one of them can be given to several processes by itself.
+        run.write(f"{training}.yaml", recipes.dump(recipe_of(run, pipeline, training)))
+    run.write("data/asked.json", asked_of(pipeline))
     run.write("counts.json", counts)
-
-
-def _asked(pipeline: Pipeline) -> dict[str, Any]:
-    """What decides the data that are gathered: `{"pretrain.data.dedup": "near", …}`."""
-    datas = {name: getattr(pipeline, name).data.model_dump(mode="json") for name in pipeline.trainings}
-    return {f"{name}.data.{key}": data[key] for name, data in datas.items() for key in GATHERED}
 
 
 def make_tokenizer(run: Run, pipeline: Pipeline, _watcher: Any) -> None:
@@ -202,8 +161,6 @@ def make_tokenizer(run: Run, pipeline: Pipeline, _watcher: Any) -> None:
         fewer = {"asked": shape.vocabulary, "made": int(str(problem.facts["made"]))}
         made(fewer["made"])
     make_base(run, pipeline)
-    for training in pipeline.trainings:  # so that one of them can be given to several processes by itself
-        run.write(f"{training}.yaml", recipes.dump(recipe_of(run, pipeline, training)))
     run.write("tokenizers.json", compare([str(folder), "embedded", *_known()]) | fewer)
 
 
@@ -211,18 +168,13 @@ def make_base(run: Run, pipeline: Pipeline) -> None:
     """The model that knows nothing, of the shape asked for; one of another shape that is there is put aside."""
     from maese.model.build import build
 
-    folder, shape, wanted = run.path / "base", shape_of(pipeline), _made_of(pipeline)
+    folder, shape, wanted = run.path / "base", shape_of(pipeline), made_of(pipeline)
     if folder.exists() and run.read("base/shape.json") == wanted:
         return
     for path in (folder, *run.path.glob(".base.*")):  # the latter a process that died half way left
         shutil.rmtree(path, ignore_errors=True)
     build(shape, pipeline.architecture, run.path / "tokenizer", folder, pipeline.seed, pipeline.dropout)
     run.write("base/shape.json", wanted)
-
-
-def _made_of(pipeline: Pipeline) -> dict[str, Any]:
-    """What decides the first weights of a model."""
-    return shape_of(pipeline).__dict__ | pipeline.model_dump(include={"architecture", "dropout", "seed"})
 
 
 def _known() -> list[str]:
@@ -240,7 +192,7 @@ def train(run: Run, pipeline: Pipeline, watcher: Any, training: str) -> None:
     part = Run(run.path / training)
     begun = (part.path / "recipe.yaml").exists()
     if begun:
-        _refuse_changed(run, pipeline, part)
+        refuse_other_training(run, pipeline, training)
     elif not part.holder():  # killed before its recipe was there, it left an empty folder that would be in the way
         shutil.rmtree(part.path, ignore_errors=True)
     if training == TRAININGS[0] and not begun:
@@ -250,32 +202,6 @@ def train(run: Run, pipeline: Pipeline, watcher: Any, training: str) -> None:
             loop.resume(part, watch=watch)
         else:
             loop.train(recipe_of(run, pipeline, training), watch=watch)
-
-
-def _refuse_other_data(run: Run, pipeline: Pipeline) -> None:
-    """RESUME-05 where the recipe of the whole now asks for other data than were gathered."""
-    before, now = run.read("data/asked.json") or {}, _asked(pipeline)
-    changed = [(key, value, now.get(key)) for key, value in before.items() if now.get(key) != value]
-    if changed:
-        raise _changed(run, changed)
-
-
-def _refuse_changed(run: Run, pipeline: Pipeline, part: Run) -> None:
-    """RESUME-05 where the recipe of the whole now asks of a training half done what it was not begun with."""
-    from maese.train.checkpoint import refusals
-
-    name = part.path.name
-    before, now = (recipe.model_dump(mode="json") for recipe in (part.recipe(), recipe_of(run, pipeline, name)))
-    changed = [(f"{name}.{key}", *said) for key, *said in refusals(before, now)]
-    made = run.read("base/shape.json") or {}
-    changed += [(key, made[key], value) for key, value in _made_of(pipeline).items() if made.get(key, value) != value]
-    if changed:
-        raise _changed(run, changed)
-
-
-def _changed(run: Run, changed: list[tuple[str, Any, Any]]) -> MaeseError:
-    then, found = (", ".join(f"{key}: {said[i]}" for key, *said in changed) for i in (0, 1))
-    return MaeseError("RESUME-05", found=found, then=then, run=str(run.path))
 
 
 def evaluate(run: Run, pipeline: Pipeline, _watcher: Any) -> None:

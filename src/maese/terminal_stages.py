@@ -7,12 +7,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from maese.kept import shape_of
 from maese.pipeline import STAGES, Pipeline
 from maese.plan.shape import of_size, parameters
 from maese.plan.sizes import SIZES
 from maese.run import Run
 from maese.say import number, quantity, say
-from maese.stages import shape_of
 from maese.terminal import talk
 from maese.terminal_tokens import draw
 

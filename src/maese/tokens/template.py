@@ -144,23 +144,28 @@ def fitting(tokenizer: Any) -> str:
     return next((name for name, row in TEMPLATES.items() if row.marks and set(row.marks) <= set(added)), "plain")
 
 
+def refuse_unknown(name: str) -> None:
+    """TEMPLATE-05 where a template is none of the built-in ones, not `model`, and no file."""
+    names = [*TEMPLATES, "model"]
+    if name not in names and not (name.endswith(FILES) and at_home(name).is_file()):
+        nearest = (difflib.get_close_matches(name.lower(), names, 1, 0.4) or ["plain"])[0]
+        raise MaeseError("TEMPLATE-05", template=name, names=", ".join(names), nearest=nearest)
+
+
 def open_template(name: str, tokenizer: Any, encode_many: Encode | None = None) -> Renderer:
     """The renderer of a built-in template, of the tokenizer's own (`model`), or of a .jinja file.
 
     Errors: TEMPLATE-01 (`model` without one), TEMPLATE-02 (marks of another family), TEMPLATE-03 (nothing ends an
     answer), TEMPLATE-04 (the file cannot be used), TEMPLATE-05 (unknown name).
     """
+    refuse_unknown(name)
     shape: Shape
     if name in TEMPLATES:
         shape = Written(name, TEMPLATES[name], tokenizer)
-    elif name == "model" or (name.endswith(FILES) and at_home(name).is_file()):
+    else:
         from maese.tokens.jinja import Jinja
 
         shape = Jinja(name, tokenizer)
-    else:
-        names = [*TEMPLATES, "model"]
-        nearest = (difflib.get_close_matches(name.lower(), names, 1, 0.4) or ["plain"])[0]
-        raise MaeseError("TEMPLATE-05", template=name, names=", ".join(names), nearest=nearest)
     return Renderer(name, tokenizer, shape, encode_many or _encoder(tokenizer))
 
 
