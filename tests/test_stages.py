@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import shutil
@@ -248,6 +249,20 @@ def test_a_training_asked_for_later_has_its_data_gathered(workshop, way):
 def test_what_follows_from_the_whole_is_not_said_of_a_part(workshop, capsys, change):
     assert maese("train", "mio.yaml", change) == 1
     assert "USE-02" in (said := capsys.readouterr().err) and change.partition("=")[0] in said
+
+
+def test_a_model_made_in_stages_is_used_by_its_name(workshop, capsys, monkeypatch):
+    """The last training there is writes, chats, is compared and goes out; the report is that of the whole."""
+    assert maese("train", "mio.yaml", "--until", "pretrain") == 0
+    assert maese("report", "mio") == 0 and Path(capsys.readouterr().out.strip()).parent.parent.name.endswith("-mio")
+    assert maese("generate", "mio", "En un", "--max-new-tokens", "4") == 0
+    name = next(Path("runs").iterdir()).name
+    assert maese("resume", name) == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO("/exit\n"))
+    for words in ("generate mio ¿Qué?", f"chat runs/{name}", "compare mio", "export mio fuera"):
+        assert maese(*words.split()) == 0, words
+    weights = [(Path(folder) / "model.safetensors").read_bytes() for folder in ("fuera", f"runs/{name}/instruct/final")]
+    assert weights[0] == weights[1]
 
 
 def test_too_little_text_for_the_vocabulary_is_said_and_the_model_keeps_its_size(workshop, capsys):

@@ -250,7 +250,7 @@ def compare(ctx: click.Context, run: str, prompts: tuple[str, ...], class_sheet:
     from maese import terminal
 
     settings = settings_of(**given)
-    found = runs.find(run)
+    found = runs.trained(run)
     from maese.evaluate.compare import compare as both
     from maese.report import class_sheet as sheet
     from maese.report import page
@@ -287,11 +287,14 @@ def compare_architectures(
 @click.argument("run", metavar=say("cli.metavar.run"))
 @click.pass_context
 def report(ctx: click.Context, run: str) -> None:
+    from maese import pipeline, stages, terminal
     from maese import run as runs
-    from maese import terminal
 
     found = runs.find(run)
-    terminal.write_papers(found)
+    if pipeline.is_pipeline(found.path / "recipe.yaml"):
+        stages.write_report(found, pipeline.load(found.path / "recipe.yaml"))
+    else:
+        terminal.write_papers(found)
     click.echo(found.report / "index.html")
 
 

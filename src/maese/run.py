@@ -184,6 +184,13 @@ def find(what: str | Path) -> Run:
     raise MaeseError("RUN-02", run=str(what), known=", ".join(known[:5]) or "—", inside="", nearest=(near or [""])[0])
 
 
+def trained(what: str | Path) -> Run:
+    """The same, and of a model made in stages its last training: `runs/…-minigpt` is `runs/…-minigpt/instruct`."""
+    run = find(what)
+    parts = [Run(path.parent) for path in run.path.glob("*/recipe.yaml")]
+    return max(parts, key=lambda part: (part.path / "recipe.yaml").stat().st_mtime) if parts else run
+
+
 def first_process() -> bool:
     """Whether this is the process that speaks and writes, when several train together (torchrun sets RANK)."""
     return os.environ.get("RANK", "0") == "0"

@@ -240,15 +240,15 @@ def _questions(data: Data, most: int) -> list[str]:
     return list(found)[:most]
 
 
-def write_report(run: Run, pipeline: Pipeline, _watcher: Any) -> None:
+def write_report(run: Run, pipeline: Pipeline, _watcher: Any = None) -> None:
     from maese.report import curves, facts, page, whole
 
-    for training in pipeline.trainings:
-        part = Run(run.path / training)
+    there = [training for training in pipeline.trainings if (run.path / training / "recipe.yaml").is_file()]
+    for part in (Run(run.path / training) for training in there):
         facts.write_metrics(part)
         curves.plot(part)
         page.write(part)
-    whole.write(run, pipeline.trainings)
+    whole.write(run, there)
 
 
 DO: dict[str, Callable[[Run, Pipeline, Any], None]] = {

@@ -272,7 +272,7 @@ def as_run(what: str) -> runs.Run | None:
     if what in recipes.INSIDE or what.endswith(".gguf") or any((Path(what) / name).is_file() for name in inside):
         return None
     try:
-        return runs.find(what)
+        return runs.trained(what)
     except MaeseError as problem:
         # Without its owner a name of the hub could be any slip of the hand: only those of the recipes are taken.
         if what.partition("@")[0] in KNOWN or what in load.PACKAGED:

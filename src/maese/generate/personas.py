@@ -63,7 +63,7 @@ def find(what: str) -> Persona:
     if adapter.is_adapter(folder):
         return Persona(adapter.about_adapter(folder).get("name") or folder.resolve().name, folder)
     try:
-        run = runs.find(what)
+        run = runs.trained(what)
     except MaeseError:
         mine = sorted({_plain_name(path.parts[1]) for path in Path("runs").glob("*/final/adapter_config.json")})
         known = [*shipped(), *mine]
@@ -190,7 +190,7 @@ def open_company(what: str | Path | runs.Run, personas: Sequence[str] = ()) -> C
     if isinstance(what, str) and what in shipped() and not Path(what).exists():
         name = what
         try:
-            what = runs.find(name)  # a training of the person's that has the same name
+            what = runs.trained(name)  # a training of the person's that has the same name
         except MaeseError:
             return open_company(adapter.about_adapter(PERSONAS / name)["base"], [name, *personas])
     run = what if isinstance(what, runs.Run) else as_run(str(what))

@@ -87,7 +87,7 @@ def _parts(what: str | Path | Run, base: str | None) -> tuple[Path, Path, list[s
     if not isinstance(what, Run) and adapter.is_adapter(Path(what)):
         folder = Path(what)
         return folder, adapter.base_of(folder, base), [say("compare.prompt")]
-    run = what if isinstance(what, Run) else runs.find(what)
+    run = what if isinstance(what, Run) else runs.trained(what)
     if not run.final.is_dir():
         raise MaeseError("RUN-05", run=str(run.path))
     recipe = run.recipe()
