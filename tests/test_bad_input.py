@@ -330,7 +330,34 @@ def test_a_repair_is_made_of_what_was_typed(fails, maese, receta):
     assert typed(said) == ["plan", "--base", "gpt2", "--method", "lora", "data.max_length=1024"]
     assert maese(*typed(said))[0] == 0
     assert typed(fails("USE-08", "explain", "train.lrr", exit=2)) == ["explain", "train.lr"]
-    assert typed(fails("RUN-02", "train", "minigpt", "--from", "instruct")) == ["train", "minigpt"]
+    said = fails("RUN-02", "train", "minigpt", "size=nano", "--from", "instruct", "--until", "report")
+    assert typed(said) == ["train", "minigpt", "size=nano", "--until", "report"]
+    said = fails("BATCH-01", "plan", "--base=gpt2", "--context=4096")
+    assert typed(said) == ["plan", "--base", "gpt2", "data.max_length=1024"]
+    said = fails("USE-02", "train", receta, "data.sources=[{path: a b.txt, limt: 4}]")
+    assert typed(said) == ["train", receta, "data.sources=[{path: a b.txt, limit: 4}]"]
+    said = fails("USE-02", "train", receta, 'generate.sistem="Regla: sé breve"')
+    assert typed(said) == ["train", receta, 'generate.system="Regla: sé breve"']
+    assert typed(fails("USE-02", "train", receta, 'generate.sistem="null"'))[-1] == 'generate.system="null"'
+    shutil.copy(receta, "mi gpt=2.yaml")
+    said = fails("USE-03", "train", "mi gpt=2.yaml", "train.lr=99")
+    assert typed(said) == ["train", "mi gpt=2.yaml", "--dry-run"]
+
+
+def test_a_repair_of_a_model_in_stages_is_of_the_training_that_failed(fails, maese, receta):
+    """`data.…` is no key of several trainings, and what was typed of all of them is mended for all."""
+    for word, code, mended in (
+        ("instruct.data.template=chatmll", "TEMPLATE-05", "instruct.data.template=chatml"),
+        ("train.device=cuda", "DEVICE-01", "train.device=auto"),
+        ("pretrain.train.device=cuda", "DEVICE-01", "pretrain.train.device=auto"),
+        ("pretrain.learning_rate=3e-4", "USE-02", "pretrain.train.lr=0.0003"),
+    ):
+        assert typed(fails(code, "train", "minigpt", "size=nano", word)) == ["train", "minigpt", "size=nano", mended]
+
+
+def test_a_file_proposed_can_be_pasted(fails, maese):
+    put("d d.json", "{}")
+    assert typed(fails("DATA-01", "data", "check", "d d.jsn")) == ["data", "check", "d d.json"]
 
 
 def test_a_misspelt_personality_is_told_the_one_that_was_meant(fails):

@@ -322,7 +322,12 @@ def mistake(problem: ValidationError, panel: type[BaseModel] = Recipe) -> MaeseE
             key, value = f"{key}.{next(iter(value))}", next(iter(value.values()))
         leaf_key = key.rsplit(".", 1)[-1].lower()
         known = [*fields(panel), "data.sources", *panel.model_fields]
-        friend = FALSE_FRIENDS.get(leaf_key)
+        if source := re.search(r"^(.*sources)\.\d+\.", key):
+            known = [f"{source[1]}.{name}" for name in Source.model_fields]
+        friend = None if source else FALSE_FRIENDS.get(leaf_key)
+        part = key.split(".")[0]
+        if friend and panel is not Recipe and part != key and part in panel.model_fields:  # of one training alone
+            friend = f"{part}.{friend}"
         near = [friend] if friend else difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.4)
         if not near:
             leaf = {k.rsplit(".", 1)[-1]: k for k in known}
@@ -334,8 +339,12 @@ def mistake(problem: ValidationError, panel: type[BaseModel] = Recipe) -> MaeseE
 
 
 def typed(value: Any) -> str:
-    """A value as it is typed on the command line, whatever the language writes numbers like."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    """A value as it is typed on the command line: `typed(0.5)` is `0.5`, `typed("a: b")` keeps quotation marks."""
+    try:
+        plain = isinstance(value, str) and _parse(value, "") == value
+    except MaeseError:
+        plain = False
+    return value if plain else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _expected(error: Any) -> str:

@@ -157,7 +157,8 @@ class Writer:
     def with_settings(self, settings: dict[str, Any]) -> recipes.Generate:
         """Its settings with those given; None is not given, and `sentences=False` takes away the number it had."""
         given = {key: value for key, value in settings.items() if value is not None}
-        if given.get("sentences") is False:
+        # Told how many tokens, it does not go on for the sentences that its recipe would have.
+        if given.get("sentences") is False or ("max_new_tokens" in given and "sentences" not in given):
             given["sentences"] = None
         try:
             return recipes.Generate.model_validate(self.settings.model_dump() | given)

@@ -17,7 +17,6 @@ import sys
 import warnings
 from functools import lru_cache
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from maese.errors import MaeseError
@@ -284,4 +283,4 @@ def quiet() -> None:
 def _nearest(folder: Path) -> str:
     around = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
     near = difflib.get_close_matches(folder.name, around, n=1, cutoff=0.5)
-    return quote(str(folder.parent / near[0])) if near else "embedded"
+    return str(folder.parent / near[0]) if near else "embedded"

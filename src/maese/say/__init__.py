@@ -125,7 +125,7 @@ def error_text(code: str, facts: dict[str, object], again: Callable[[list[str]],
     from shlex import quote
 
     # What is typed must survive a folder with spaces in its name.
-    names = ("path", "run", "value", "adapter", "free")
+    names = ("path", "run", "value", "adapter", "free", "nearest")
     typed = {k: quote(v) if k in names and isinstance(v, str) else v for k, v in facts.items()}
     lines = [f"error[{code}]: " + say(f"error.{code}.title", **facts)]
     for part in ("found", "expected", "try"):
