@@ -355,6 +355,12 @@ def test_a_repair_of_a_model_in_stages_is_of_the_training_that_failed(fails, mae
         assert typed(fails(code, "train", "minigpt", "size=nano", word)) == ["train", "minigpt", "size=nano", mended]
 
 
+def test_a_base_misspelt_in_a_plan_keeps_the_rest(fails):
+    said = fails("PLAN-02", "plan", "--base", "embeded", "--context", "64")
+    assert typed(said) == ["plan", "--base", "embedded", "--context", "64"]
+    assert typed(fails("PLAN-02", "plan", "quijote", "base=embeded")) == ["plan", "quijote", "base=embedded"]
+
+
 def test_a_file_proposed_can_be_pasted(fails, maese):
     put("d d.json", "{}")
     assert typed(fails("DATA-01", "data", "check", "d d.jsn")) == ["data", "check", "d d.json"]

@@ -407,3 +407,23 @@ def test_no_word_is_cut_at_the_edge(monkeypatch, capsys, width):
     line = "ana · 84 tokens · 31 tokens/s · 2,7 s · semilla 42 · T=0,7 top-k=50"
     folded = terminal_chat.fold(line, "  ")
     assert all(len(row) < width for row in folded.splitlines()) and folded.split() == line.split()
+
+
+def test_ctrl_c_while_a_question_is_corrected_leaves_it_as_it_was(monkeypatch):
+    from types import SimpleNamespace
+
+    from maese.terminal_chat import Room
+
+    def stopped(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", stopped)
+    asked = []
+    room = SimpleNamespace(chat=SimpleNamespace(asked="¿Qué?"), typed=True)
+    room.ask = lambda *words, **_: asked.append(words)
+    room.rewrite = lambda old: Room.rewrite(room, old)
+    Room.edit(room, "")
+    assert not asked
+    monkeypatch.setattr("builtins.input", lambda _: " ¿Y esto? ")
+    Room.edit(room, "")
+    assert asked == [("¿Y esto?",)]

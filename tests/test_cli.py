@@ -332,7 +332,7 @@ def test_interrupted_says_how_to_go_on_and_goes_on(maese, recipe, monkeypatch):
     assert status == 130 and out == "" and "error[RUN-06]" in said and "maese resume uno" in said
     status, out, said = maese("resume", "uno")
     assert status == 0 and out == "uno\n" and "Sigo desde el paso 3" in said
-    assert "error[RUN-04]" in maese("resume", "uno")[2]
+    assert "error[RUN-04]" in (said := maese("resume", "uno")[2]) and "output=uno-2 train.max_steps=12 " in said
 
 
 # The panel

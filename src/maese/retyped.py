@@ -17,7 +17,7 @@ from maese.errors import MaeseError
 from maese.say import say
 
 # Errors about a name that was typed and the fact that holds it: typed again with the nearest one, they are mended.
-MISSPELT = {"USE-05": "name", "USE-08": "found", "PERSONA-01": "name", "RUN-02": "run"}
+MISSPELT = {"USE-05": "name", "USE-08": "found", "PERSONA-01": "name", "RUN-02": "run", "PLAN-02": "base"}
 STANDS_FOR = {"--context": "data.max_length", "--method": "method.kind"}  # options of `plan`, as keys
 
 
@@ -25,9 +25,9 @@ def retyped(problem: MaeseError, words: list[str], lines: list[str]) -> list[str
     """The lines of a repair, in the words of the command that failed."""
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
     name, near = problem.facts.get(MISSPELT.get(problem.code, "")), problem.facts.get("nearest")
-    if name in words and near:
-        meant = ["maese", *(str(near) if word == name else word for word in words)]
-        return [shlex.join(meant), *lines[1:]]
+    if near and any(word in (name, f"base={name}") for word in words):
+        meant = [word.removesuffix(str(name)) + str(near) if word in (name, f"base={name}") else word for word in words]
+        return [shlex.join(["maese", *meant]), *lines[1:]]
     if problem.code == "USE-02" and (again := _respelt(problem, words)):
         return [shlex.join(["maese", *again]), *lines[1:]]
     command = next((word for word in words if word in ("train", "plan")), None)

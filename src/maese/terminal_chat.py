@@ -31,7 +31,7 @@ def chat(company: Any, settings: dict[str, Any], save: Path | None = None, json:
         sys.stdin.reconfigure(errors="replace")
     room = Room(Chat(company, **settings), save, json, quiet)
     room.greet()
-    while (line := room.hear()) is not None and line not in EXIT:
+    while (line := room.hear()) is not None and line.split(" ")[0] not in EXIT:
         try:
             room.do(line)
         except MaeseError as problem:
@@ -135,9 +135,12 @@ class Room:
     def edit(self, text: str) -> None:
         """Ask the last question in other words: those given, or those a person makes of the old ones."""
         old = self.chat.asked
-        self.ask(text or (self.rewrite(old) if self.typed else old) or old, instead=True)
+        words = text or (self.rewrite(old) if self.typed else old)
+        if words is not None:
+            self.ask(words or old, instead=True)
 
-    def rewrite(self, old: str) -> str:
+    def rewrite(self, old: str) -> str | None:
+        """The old words as a person leaves them; None where Ctrl+C or the end of the input leaves all as it was."""
         try:
             import readline
         except ImportError:
@@ -146,7 +149,7 @@ class Room:
         try:
             return input(say("chat.you")).strip()
         except (KeyboardInterrupt, EOFError):
-            return old
+            return None
         finally:
             readline.set_startup_hook()
 
@@ -206,7 +209,7 @@ class Room:
 
         exchange, places = self.chat.alternatives()
         tokenizer = exchange.writer.tokenizer
-        shown = places[: int(count)] if count.isdecimal() else places
+        shown = places[: int(count)] if count.isdecimal() and int(count) else places
         ids = [token for place in shown for token, _ in ((place.token, 0.0), *place.best)]
         pieces = mask_pieces(Example(ids, [0] * len(ids)), tokenizer)
         whole = {token: piece["text"] for token, piece in zip(ids, pieces, strict=True)}

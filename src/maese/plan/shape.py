@@ -143,7 +143,7 @@ def open_shape(base: str, architecture: Architecture = "modern") -> Anatomy:
     if row is None and (place := _fetched(base)):
         row = _read(place / "config.json")
     if row is None:
-        short = {known.rpartition("/")[2].lower(): known for known in KNOWN}
+        short = {known.rpartition("/")[2].lower(): known for known in (*INSIDE, *KNOWN)}
         near = difflib.get_close_matches(name.rpartition("/")[2].lower(), short, n=1, cutoff=0.3)
         raise MaeseError("PLAN-02", base=base, known=", ".join(KNOWN), nearest=short[near[0]] if near else "gpt2")
     return anatomy(row, base)

@@ -60,7 +60,9 @@ def resume(run: runs.Run, watch: Watch = None) -> runs.Run:
 
 def _refuse_finished(run: runs.Run) -> None:
     if (run.read("state.json") or {}).get("status") == "finished":
-        raise agreed(MaeseError("RUN-04", run=str(run.path)))
+        train = run.recipe().train
+        twice = f"train.max_steps={2 * train.max_steps}" if train.max_steps else f"train.epochs={2 * train.epochs:g}"
+        raise agreed(MaeseError("RUN-04", run=str(run.path), twice=twice))
 
 
 def _begin(session: Session, resumed_from: int | None) -> None:
