@@ -6,6 +6,8 @@ import json
 import math
 import random
 import shlex
+import subprocess
+import sys
 from dataclasses import asdict
 
 import pytest
@@ -344,3 +346,52 @@ def test_random_states_come_back_through_a_file(tmp_path):
         drawn = [draw() for _ in range(3)]
         set_rng_state(load_file(tmp_path / "rng.safetensors"))
         assert [draw() for _ in range(3)] == drawn
+
+
+def test_memory_is_given_back_near_the_estimate_and_seldom(monkeypatch):
+    held, clock, given = [1.0], [100.0], []
+
+    def give_back():
+        given.append(clock[0])
+        clock[0] += 0.5
+
+    monkeypatch.setattr(guard, "memory_used_gib", lambda device: held[0])
+    monkeypatch.setattr(guard, "give_back", give_back)
+    monkeypatch.setattr(guard.time, "monotonic", lambda: clock[0])
+    room = guard.Room(estimated_gib=2.0)
+    for clock[0], held[0], device in ((100, 1.6, "cpu"), (101, 1.8, "cuda"), (102, 1.8, "cpu"), (126, 1.8, "cpu"),
+                                      (128, 1.8, "cpu")):  # fmt: skip
+        room.keep(device)
+    assert given == [102, 128]
+    guard.Room().keep("cpu")
+    assert given == [102, 128]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_holes_between_what_is_kept_are_given_back():
+    """Pieces of many lengths, of which one in ten stays: the rest is of nobody, and the system has it again."""
+    code = """
+import ctypes, random
+from maese.plan.machine import allocator, memory_used_gib
+from maese.train.guard import Room
+allocator()
+dice = random.Random(1)
+pieces = [bytearray(dice.randrange(20_000, 200_000)) for _ in range(4000)]
+kept = pieces[::10]
+del pieces
+before = memory_used_gib("cpu")
+Room(estimated_gib=before).keep("cpu")
+print(before - memory_used_gib("cpu"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) > 0.1
+
+
+def test_a_training_keeps_the_room_it_was_estimated(recipe, monkeypatch):
+    from maese.train import loop
+
+    seen = []
+    monkeypatch.setattr(guard.Room, "keep", lambda self, device: seen.append((self.estimated_gib, device)))
+    run = loop.train(recipe("train.max_steps=2"))
+    told = next(e["estimated_gib"] for e in run.history() if e["type"] == "plan")
+    assert seen == [(told, "cpu")] * 2

@@ -140,6 +140,7 @@ def _loop(session: Session) -> None:
                 mem_gib=round(memory_used_gib(session.machine.device), 3), seconds=round(state.seconds, 3),
                 **({} if applied else {"skipped": True}),
             )  # fmt: skip
+        session.room.keep(session.machine.device)
         last = state.step == steps
         if (state.step % recipe.eval.every == 0 or last) and len(session.data.validation):
             look(session, final=False)

@@ -34,7 +34,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json"
 
 def plan(session: Session) -> None:
     every, trained = parameters(session.inner[0])
-    train, facts = session.recipe.train, session.data.facts
+    train, facts, told = session.recipe.train, session.data.facts, foretold(session)
     session.tell(
         "plan",
         parameters=every, trainable=trained, rows=facts["train"]["rows"], tokens=facts["train"]["tokens"],
@@ -43,8 +43,9 @@ def plan(session: Session) -> None:
         micro_batch=train.micro_batch, accumulation=train.accumulation, max_length=session.recipe.data.max_length,
         run=str(session.run.path), format=session.data.format, processes=session.together.world,
         sharded=session.together.sharded, unpadded=session.unpadded, compiled=bool(session.compiled),
-        **session.machine.facts(), **foretold(session),
+        **session.machine.facts(), **told,
     )  # fmt: skip
+    session.room.estimated_gib = told.get("estimated_gib")
     if (rows := train.micro_batch * train.accumulation) < session.together.world:
         facts = {"rows": rows, "world": session.together.world, "accumulation": _enough(session)}
         session.tell("warning", step=session.state.step, code="DIST-02", facts=facts)

@@ -29,7 +29,7 @@ from maese.tokens.prepare import Prepared, prepare
 from maese.tokens.template import FILES
 from maese.train.compiling import compile_blocks, pays
 from maese.train.feed import Feed, gather
-from maese.train.guard import Halving, Spikes, no_room
+from maese.train.guard import Halving, Room, Spikes, no_room
 from maese.train.optim import optimizer as build_optimizer
 from maese.train.sharding import accelerator_of, cut_again, refuse_sharded
 from maese.train.together import Together, alone, gone, join
@@ -66,6 +66,7 @@ class Session:
     optimizer: Any = None
     spikes: Spikes = field(default_factory=Spikes)
     halving: Halving = field(default_factory=lambda: Halving("cpu"))
+    room: Room = field(default_factory=Room)
     state: State = field(default_factory=State)
     together: Together = field(default_factory=Together)
     stop_signal: int = 0  # what this process was asked
