@@ -21,13 +21,13 @@ demo: install ## fine-tune the embedded model and see what it learnt
 	@$(BIN)/maese demo
 
 test: install ## the tests, without a network
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n logical
 
 slow: install ## the tests that take minutes or many gigabytes
 	@$(BIN)/python -m pytest -m slow
 
 test-faults: install ## kills, full disks, broken files: what was saved stays whole
-	@$(BIN)/python -m pytest -m faults tests/faults
+	@$(BIN)/python -m pytest -n logical -m faults tests/faults
 
 lint: install ## style and types
 	@$(BIN)/ruff check .
