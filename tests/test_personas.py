@@ -505,9 +505,9 @@ def test_an_adapter_without_its_weights(here, tiny, voices):
 
 def test_a_way_of_writing_that_a_folder_says_is_told_with_its_file(here, tiny, voices):
     folder = spoilt(voices["gpt2"][0], here / "rota", about={"generate": {"temperature": "alta"}})
-    with pytest.raises(MaeseError, match="USE-03") as problem:
+    with pytest.raises(MaeseError, match="GEN-03") as problem:
         open_writer(folder)
-    assert "temperature" in str(problem.value) and adapter.ABOUT in str(problem.value)
+    assert "explain generate.temperature " in str(problem.value) and adapter.ABOUT in str(problem.value)
 
 
 @pytest.mark.parametrize("how", [{"temperature": 0.0}, {"temperature": 1.0}])

@@ -236,7 +236,7 @@ def folder_writer(model: Any, tokenizer: Any, folder: Path) -> Writer:
         writer.settings = writer.with_settings(known)
     except MaeseError as problem:  # nobody typed it: the file that says so is named
         name = adapter.ABOUT if about.get("generate") else "generation_config.json"
-        facts = problem.facts | {"key": f"{problem.facts['key']} ({folder / name})"}
+        facts = problem.facts | {"found": f"{problem.facts['found']} ({folder / name})"}
         raise MaeseError(problem.code, **facts) from None
     return writer
 
