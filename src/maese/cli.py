@@ -346,12 +346,12 @@ def run(arguments: list[str]) -> int:
 
 def _bye(status: int, problem: object = None, code: str = "", agreed: bool = False) -> int:
     """Say what went wrong, if it is this process that should, and leave with the others that train."""
-    from maese.run import speaks
-
-    if problem is not None and speaks(agreed):
+    if problem is not None:
+        from maese.run import speaks  # here: the help need not wait for recipes
         from maese.terminal import complain
 
-        complain(problem)
+        if speaks(agreed):
+            complain(problem)
     if "maese.train.together" in sys.modules:
         from maese.train.together import leave
 
