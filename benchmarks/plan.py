@@ -1,12 +1,13 @@
 """What `maese plan` foretells of memory against what a run takes: each setting in a process of its own, right here.
 
-    python benchmarks/plan.py --write                       all of them: some ten minutes and 6 GiB
+    python benchmarks/plan.py --write                       all of them: an hour and 6 GiB
     python benchmarks/plan.py --only mini-full mini-lora    these alone; what was measured before stays in --out
     python benchmarks/plan.py --read --write                the table of what is in --out
 
-The weights are random and the text is the sample that travels with maese, over and over: what is measured is memory. A
-run takes three steps through the real loop, with its validation, its best and its final folder; what it says it took
-(`peak_gib`) stands beside what the plan said before it began, from the recipe and a config.json alone.
+The weights are random and the text is the sample that travels with maese, over and over, or its conversations:
+what is measured is memory. A run takes thirty steps through the real loop, as what a process holds may grow where rows
+have many lengths, with its validation, its best and its final folder; what it says it took (`peak_gib`) stands beside
+what the plan said before it began, from the recipe and a config.json alone.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-STEPS = 3
+STEPS = 30
 # GPT-2: layers, width, heads, vocabulary, context. The rest: the same, and what its family adds.
 MODELS: dict[str, dict[str, Any]] = {
-    "nano": {"model_type": "qwen3", "layers": 4, "width": 192, "heads": 3, "inner": 512, "vocabulary": 8192},
+    "embedded": {"model_type": "qwen3", "layers": 8, "width": 256, "heads": 4, "inner": 704, "vocabulary": 10240},
+    "nano": {"model_type": "qwen3", "layers": 4, "width": 192, "heads": 3, "inner": 512, "vocabulary": 10240},
     "small": {"model_type": "gpt2", "layers": 12, "width": 256, "heads": 4, "vocabulary": 16384},
     "mini": {"model_type": "qwen3", "layers": 8, "width": 384, "heads": 6, "inner": 1024, "vocabulary": 32000},
     "phi-like": {"model_type": "phi", "layers": 8, "width": 320, "heads": 5, "inner": 1280, "vocabulary": 16384},
@@ -39,6 +41,12 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 CONTEXT = 1024
+SCIENCE = "ciencia_y_programacion"
+# The recipe `tutor`: rows of 60 to 450 tokens.
+TUTOR: dict[str, Any] = {
+    "data.max_length": 512, "train.micro_batch": 2, "train.accumulation": 2, "method.rank": 8, "method.dropout": 0.05,
+    "conversations": "tutor",
+}  # fmt: skip
 # Each: the model, and what the recipe says otherwise than by default.
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "nano-full": ("nano", {"data.max_length": 128}),
@@ -51,8 +59,11 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "small-lora": ("small", {"data.max_length": 512, "train.micro_batch": 4, "method.kind": "lora"}),
     "small-qlora": ("small", {"data.max_length": 512, "train.micro_batch": 4, "method.kind": "qlora"}),
     "small-conversations": (
-        "small", {"data.max_length": 256, "train.micro_batch": 8, "method.kind": "lora", "conversations": True},
+        "small",
+        {"data.max_length": 256, "train.micro_batch": 8, "method.kind": "lora", "conversations": SCIENCE},
     ),
+    "embedded-tutor": ("embedded", {**TUTOR, "method.kind": "lora"}),
+    "embedded-tutor-qlora": ("embedded", {**TUTOR, "method.kind": "qlora"}),
     "mini-full": ("mini", {"data.max_length": 256, "train.micro_batch": 4, "train.accumulation": 2}),
     "mini-muon-packed": (
         "mini", {"data.max_length": 512, "train.micro_batch": 4, "train.optimizer": "muon", "data.packing": True},
@@ -81,6 +92,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
         "gpt2",
         {"data.max_length": 1024, "train.micro_batch": 2, "method.kind": "lora", "train.gradient_checkpointing": True},
     ),
+    "smollm2-tutor": ("smollm2", {**TUTOR, "method.kind": "lora"}),
     "smollm2-lora": ("smollm2", {"data.max_length": 512, "train.micro_batch": 2, "method.kind": "lora"}),
 }  # fmt: skip
 
@@ -127,8 +139,8 @@ def recipe_of(name: str, room: Path) -> list[str]:
 
     _, changes = SETTINGS[name]
     changes = dict(changes)
-    if changes.pop("conversations", False):
-        path = shipped("data/ciencia_y_programacion.jsonl")
+    if talks := changes.pop("conversations", None):
+        path = shipped(f"data/{talks}.jsonl")
         data: dict[str, Any] = {"sources": [{"path": str(path)}], "template": "maese"}
     else:
         path = room / "text.txt"

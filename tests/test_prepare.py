@@ -10,6 +10,7 @@ import pytest
 from maese.errors import MaeseError
 from maese.model.load import load_tokenizer
 from maese.recipe import Data
+from maese.text import language
 from maese.tokens import store
 from maese.tokens.prepare import prepare
 from maese.tokens.settle import pieces, truncate
@@ -51,6 +52,17 @@ def test_prepared_once_and_found_again(here, tokenizer, monkeypatch):
     again = prepare(data(), tokenizer, 128)
     assert again.folder == first.folder and list(again.train) == list(first.train)
     assert again.facts == first.facts and again.notes == first.notes
+
+
+def test_what_the_detector_of_languages_read_is_let_go_of(here, tokenizer, monkeypatch):
+    """Two hundred mebibytes that a training would carry to its end."""
+    asked, french = [], "Le chien de ma voisine aboie quand le facteur passe dans la rue, et il ne dort pas. "
+    detected = language._detected
+    monkeypatch.setattr(language, "_detected", lambda prose: asked.append(prose) or detected(prose))
+    write([*rows(60), {"prompt": "¿Qué dijo?", "completion": 3 * french}])
+    prepare(data(tolerance=0.9, max_length=512), tokenizer, 512)
+    assert asked and not language._detector.cache_info().currsize
+    assert language.language_of(french) == "fr"
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from typing import Any
 
 from maese.errors import MaeseError
 from maese.model.gguf import PACKAGED, packaged, unpacked
+from maese.plan.machine import few_kernels
 from maese.recipe import INSIDE, at_home
 from maese.say import say
 
@@ -148,6 +149,7 @@ def load_model(folder: Path, dtype: str = "fp32", **more: Any) -> Any:
     `more` is for transformers: see `model.quant`.
     """
     quiet()
+    few_kernels()
     check(folder)
     import torch
     from safetensors import SafetensorError

@@ -15,6 +15,8 @@ from maese.errors import MaeseError
 from maese.recipe import Train
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # their numbers in glibc's malloc.h
+# The most kernels that are kept, and of those before them that torch keeps for itself: see `few_kernels`.
+KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "1"}
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,17 @@ def _flags() -> set[str]:
             return set(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), []))
     except OSError:
         return set()
+
+
+def few_kernels() -> None:
+    """Have oneDNN, which multiplies in 16 bits on a processor, keep few of the kernels it makes.
+
+    It makes one for each shape of a product, in a quarter of a millisecond, and keeps the last 1,024 of them, which
+    weigh half a mebibyte each: rows of many lengths fill hundreds. A pass through a model has less than thirty. It
+    counts only before the first product, and not where the user chose.
+    """
+    for name, most in KERNELS.items():
+        os.environ.setdefault(name, most)
 
 
 def allocator() -> None:

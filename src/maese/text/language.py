@@ -102,6 +102,13 @@ def _detected(prose: str) -> str | None:
     return code if sum(map(OWN[code].__contains__, said)) * 12 >= len(said) else None
 
 
+def forget() -> None:
+    """Let go of what the detector has read, some two hundred mebibytes; asked again, it reads it again."""
+    if _detector.cache_info().currsize:
+        _detector().unload_language_models()
+        _detector.cache_clear()
+
+
 @functools.cache
 def _detector() -> Any:
     try:

@@ -19,7 +19,7 @@ from typing import Any
 
 from maese.errors import MaeseError
 from maese.recipe import Data, at_home
-from maese.text import read, split
+from maese.text import language, read, split
 from maese.text.convert import row_of
 from maese.text.deal import Examined, Parcel, examine, flow, summary
 from maese.text.read import Reading
@@ -72,8 +72,11 @@ def prepare(
         renderer.refuse_short(data.max_length)
 
     def fill(writer: store.Writer) -> dict[str, Any]:
-        examined = [examine(reading, data, list(prompts)) for reading in readings]
-        return _fill(writer, readings, examined, data, renderer, progress)
+        try:
+            examined = [examine(reading, data, list(prompts)) for reading in readings]
+            return _fill(writer, readings, examined, data, renderer, progress)
+        finally:
+            language.forget()  # what comes next is training, which has a better use for its memory
 
     folder = store.cached(store.place(_key(data, readings, tokenizer, list(prompts))), len(tokenizer), fill)
     store.prune(KEPT_GIB)

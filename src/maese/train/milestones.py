@@ -24,6 +24,7 @@ from maese.text.read import open_source, texts_of
 from maese.tokens.settle import pieces
 from maese.tokens.template import open_template
 from maese.train import checkpoint
+from maese.train.guard import give_back
 from maese.train.session import Session
 from maese.train.sharding import cut_again, whole_state
 
@@ -61,6 +62,7 @@ def foretold(session: Session) -> dict[str, Any]:
         return {}
     here, (model, _) = session.machine, session.inner
     job = job_of(session.recipe, here.precision, here.device, session.data.train.lengths)
+    give_back()  # what reading the data took is free for the steps, and should not be counted twice
     # What this process already holds is better than the usual figure: a notebook has more in it than a command.
     held = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
     process = max(0, int((memory_used_gib("cpu") - held) * 2**30)) if here.device == "cpu" else None

@@ -19,7 +19,7 @@ from maese.errors import Interrupted, MaeseError
 from maese.evaluate.likelihood import refuse_blended
 from maese.model import adapter, load, rows
 from maese.model.quant import load_quantized
-from maese.plan.machine import Machine, allocator, machine
+from maese.plan.machine import Machine, allocator, few_kernels, machine
 from maese.recipe import Recipe, Train, at_home
 from maese.text import streams
 from maese.tokens.batches import steps_per_epoch
@@ -130,6 +130,7 @@ class Session:
 def open_session(recipe: Recipe, run: runs.Run | None, watch: Watch) -> Session:
     """Load base and data, put the adapters on, and take hold of the run folder."""
     allocator()
+    few_kernels()
     here = machine(recipe.train)
     load.quiet()
     accelerator = accelerator_of(here)
