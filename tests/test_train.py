@@ -93,10 +93,12 @@ def _straight(recipe, *changes):
     return train(recipe("output=straight", *changes))
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_stopped_and_resumed_is_bit_for_bit_the_uninterrupted_run(recipe, method):
+@pytest.mark.parametrize(
+    ("method", "optimizer"), [("full", "adamw"), ("lora", "adamw"), ("full", "adamw8bit"), ("full", "paged")]
+)
+def test_stopped_and_resumed_is_bit_for_bit_the_uninterrupted_run(recipe, method, optimizer):
     """Ctrl+C between any two steps, dropout on: same losses, same final weights, one row seen once an epoch."""
-    changes = [f"method.kind={method}", "method.dropout=0.1"]
+    changes = [f"method.kind={method}", "method.dropout=0.1", f"train.optimizer={optimizer}"]
     straight = _straight(recipe, *changes)
 
     def stop_at_3(event):

@@ -328,8 +328,12 @@ def optimizer_tensors(model: Any, optimizer: Any, here: bool = True) -> dict[str
     """The optimizer's state by name of parameter: `{"transformer.wte.weight|exp_avg": …}`."""
     import torch
 
+    def own(key: str, value: Any) -> Any:
+        # Those of 8 bits share their tables of 256 numbers, and a file takes no two tensors over one memory.
+        return value.clone() if key.startswith("qmap") else torch.as_tensor(value)
+
     return {
-        f"{name}|{key}": gathered(torch.as_tensor(value), here)
+        f"{name}|{key}": gathered(own(key, value), here)
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
