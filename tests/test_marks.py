@@ -266,6 +266,19 @@ def test_a_personality_with_marks_leaves_the_others_as_they_were(bases, tmp_path
         assert company.ask_all("Hola", of=[writer, writer], **settings)[1].ids == before[1], name
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3", "phi"])
+def test_after_one_with_marks_comes_one_without(bases, tmp_path, kind):
+    from maese.generate.personas import open_company
+
+    voice, marked = make_voice(tmp_path / "voz", bases[kind]), tmp_path / "marcas"
+    model, tokenizer, _ = adapted(bases[kind])
+    model.save_pretrained(marked, save_embedding_layers=False)
+    tokenizer.save_pretrained(marked)
+    alone = open_company(str(bases[kind]), [str(voice)]).personas[0].generate("Hola", temperature=0, max_new_tokens=8)
+    second = open_company(str(bases[kind]), [str(marked), str(voice)]).personas[1]
+    assert second.generate("Hola", temperature=0, max_new_tokens=8).ids == alone.ids
+
+
 def test_of_two_personalities_with_marks_the_one_with_more_comes_first(bases, tmp_path):
     from maese.generate.personas import open_company
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 from conftest import make_model, make_voice
@@ -184,6 +185,77 @@ def test_adapters_that_are_more_than_lora_are_written_one_after_another(tiny, tm
             alone = PeftModel.from_pretrained(load.load_model(tiny), str(folder)).eval()
             bare = Writer(alone, writer.tokenizer, Generate(temperature=0, max_new_tokens=10))
             assert answer.ids == bare.generate("Hola").ids, name
+
+
+def of_peft(tiny, folder, config, stirred="lora_B"):
+    """The folder of an adapter that PEFT made over the tiny base, without our notes."""
+    import torch
+    from peft import get_peft_model
+
+    model = get_peft_model(load.load_model(tiny), config)
+    for path, parameter in model.named_parameters():
+        if stirred in path:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora", "IA3", "PROMPT_TUNING", "bias"])
+def test_an_adapter_that_would_change_the_base_of_others_is_refused(tiny, tmp_path, voices, kind):
+    """PiSSA takes from the base's matrices when it is opened: everybody over it would write otherwise from then on."""
+    from peft import IA3Config, LoraConfig, PromptTuningConfig
+
+    lora = {"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True, "task_type": "CAUSAL_LM"}
+    config = {
+        "pissa": lambda: LoraConfig(**lora, init_lora_weights="pissa"),
+        "olora": lambda: LoraConfig(**lora, init_lora_weights="olora"),
+        "bias": lambda: LoraConfig(**lora, bias="all"),
+        "IA3": lambda: IA3Config(target_modules=["c_attn"], feedforward_modules=[], task_type="CAUSAL_LM"),
+        "PROMPT_TUNING": lambda: PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    }[kind]()
+    folder = of_peft(tiny, tmp_path / kind, config)
+    company = open_company(str(tiny), [str(voices["gpt2"][0])])
+    before = [
+        (w.fingerprint(), w.generate("Hola", temperature=0, max_new_tokens=8).ids) for w in company.writers.values()
+    ]
+    with pytest.raises(MaeseError) as problem:
+        company.add(folder)
+    assert problem.value.code == "ADAPT-06" and kind in str(problem.value)
+    assert before == [
+        (w.fingerprint(), w.generate("Hola", temperature=0, max_new_tokens=8).ids) for w in company.writers.values()
+    ]
+    if kind == "bias":  # alone there is nobody it could harm; but nobody comes after it
+        with pytest.raises(MaeseError, match="ADAPT-06"):
+            open_company(folder, [str(voices["gpt2"][0])])
+
+
+def test_an_adapter_of_the_table_of_words_leaves_the_others_their_table(tiny, tmp_path, voices):
+    from peft import LoraConfig
+
+    config = LoraConfig(r=2, target_modules=["wte", "c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    folder = of_peft(tiny, tmp_path / "tabla", config, "lora_embedding_B")
+    company = open_company(str(tiny), [str(voices["gpt2"][0])])
+    (other,) = company.personas
+    before = other.generate("Hola", temperature=0, max_new_tokens=8).ids
+    company.add(folder).generate("Hola", max_new_tokens=2)
+    assert other.generate("Hola", temperature=0, max_new_tokens=8).ids == before
+
+
+@pytest.mark.parametrize("lost", ["lora_magnitude_vector", "modules_to_save"])
+def test_an_adapter_that_lost_a_part_is_refused(tiny, tmp_path, lost):
+    """PEFT fills what is missing with what does nothing, and DoRA would speak with half of what it learnt."""
+    from peft import LoraConfig
+    from safetensors.torch import load_file, save_file
+
+    more = {"use_dora": True} if lost == "lora_magnitude_vector" else {"modules_to_save": ["ln_f"]}
+    config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM", **more)
+    path = Path(of_peft(tiny, tmp_path / "rota", config)) / adapter.WEIGHTS
+    whole = load_file(path)
+    left = {name: tensor for name, tensor in whole.items() if lost not in name and "ln_f" not in name}
+    assert len(left) < len(whole)
+    save_file(left, path, metadata={"format": "pt"})
+    with pytest.raises(MaeseError, match="MODEL-06"):
+        open_writer(str(path.parent))
 
 
 def test_a_family_that_keeps_no_cache_is_written_row_by_row(tiny):

@@ -19,6 +19,8 @@ from maese.recipe import Method
 from maese.tokens.marks import added
 
 ABOUT, CONFIG, WEIGHTS = "maese.json", "adapter_config.json", "adapter_model.safetensors"
+TAKES_FROM_BASE = ("pissa", "olora", "corda", "loftq")  # of `init_lora_weights`
+OF_ADAPTERS = re.compile(r"\.(lora_\w+|trainable_tokens_delta)(\.|$)")  # in the names of a file's tensors
 TEXTS = ("base", "base_sha256", "method", "name", "format", "template")
 KINDS = dict.fromkeys(TEXTS, str) | {"generate": dict, "examples": list}  # of what our notes say
 
@@ -80,8 +82,8 @@ def attach(model: Any, folder: Path, base: Path, name: str | None = None) -> Any
     """The model with the adapter of a folder, frozen, beside those it has already if it is given a `name` of its own.
 
     Errors: ADAPT-01 (trained over other weights), MODEL-03 (unsafe file), MODEL-06 (a file is cut, or they do not go
-    together), TOKEN-06 (tokens without their rows), ADAPT-05 (more tokens of its own than one that came before). After
-    any of them the model is as it was.
+    together), TOKEN-06 (tokens without their rows), ADAPT-05 (more tokens of its own than one that came before),
+    ADAPT-06 (no LoRA, or one that changes the base itself). After any of them the model is as it was.
     """
     quiet()
     from peft import PeftConfig, PeftModel
@@ -99,6 +101,7 @@ def attach(model: Any, folder: Path, base: Path, name: str | None = None) -> Any
             raise ValueError(f"peft_type: {config.peft_type}, r: {getattr(config, 'r', 0)}")
     except (AttributeError, KeyError, TypeError, ValueError) as problem:  # notes that are JSON and say nothing of use
         raise _damaged(folder, f"{CONFIG}: {problem}") from problem
+    _refuse_other_kinds(folder, config, model, name)
     if not _fits(model, tensors, len(tokenizer or ())):  # an adapter of another architecture, without our notes
         raise MaeseError("ADAPT-01", adapter=str(folder), expected="—", found=str(base))
     if tokenizer is not None:
@@ -109,6 +112,7 @@ def attach(model: Any, folder: Path, base: Path, name: str | None = None) -> Any
             adapted: Any = PeftModel.from_pretrained(model, str(folder), voice)
         else:
             adapted = model
+            rows.heed_others(model)
             adapted.load_adapter(str(folder), voice, torch_device=str(model.device))
             # Tokens of its own would be at work already, whoever speaks.
             adapted.set_adapter(adapted.active_adapter, inference_mode=True)
@@ -117,6 +121,9 @@ def attach(model: Any, folder: Path, base: Path, name: str | None = None) -> Any
     except MaeseError:
         _take_off(model, voice, bare)
         raise
+    except KeyError as problem:  # a whole matrix that its notes name and its file does not hold
+        _take_off(model, voice, bare)
+        raise _damaged(folder, f"{WEIGHTS}: ∅ {problem.args[0]}") from problem
     except (RuntimeError, ValueError) as problem:  # what else PEFT finds that does not fit
         _take_off(model, voice, bare)
         if "base_sha256" in about_adapter(folder):  # it is the right base, so the files are not of one another
@@ -125,6 +132,20 @@ def attach(model: Any, folder: Path, base: Path, name: str | None = None) -> Any
     if name is not None:  # one of many waits in the bits it was saved in: see voices.speaking
         _narrow(adapted, tensors, name)
     return adapted.requires_grad_(False).eval()
+
+
+def _refuse_other_kinds(folder: Path, config: Any, model: Any, name: str | None) -> None:
+    """ADAPT-06 for what is no LoRA, and for one that changes the base: others that speak over it would change too.
+
+    PiSSA, OLoRA and their kin take their beginnings out of the base's own matrices each time they are opened; a bias
+    that was trained stands in the place of the base's, which does no harm to an adapter that is alone.
+    """
+    kind, begins = config.peft_type.value, str(getattr(config, "init_lora_weights", True)).lower()
+    if kind != "LORA" or begins.startswith(TAKES_FROM_BASE):
+        raise MaeseError("ADAPT-06", adapter=str(folder), kind=kind if kind != "LORA" else begins)
+    together = [config, *getattr(model, "peft_config", {}).values()] if name is not None else []
+    if any(getattr(each, "bias", "none") != "none" for each in together):
+        raise MaeseError("ADAPT-06", adapter=str(folder), kind="bias")
 
 
 def _damaged(folder: Path, reason: str) -> MaeseError:
@@ -136,10 +157,11 @@ def _lost(model: Any, tensors: dict[str, Any], voice: str) -> str:
 
     PEFT leaves out what has no place and fills what is missing with an adapter that does nothing, without a word.
     """
-    mark = re.compile(rf"\.{voice}(?=\.|$)")
-    own = {mark.sub("", path): part for path, part in model.named_parameters() if mark.search(path)}
-    pairs = [{key for key in names if re.search(r"\.lora_[AB]\.weight$", key)} for names in (own, tensors)]
-    if different := pairs[0] ^ pairs[1] or (set() if tensors else {"∅"}):
+    from peft import get_peft_model_state_dict
+
+    own = get_peft_model_state_dict(model, adapter_name=voice, save_embedding_layers=False)
+    strange = {key for key in tensors if OF_ADAPTERS.search(key)} - own.keys()
+    if different := (own.keys() - tensors.keys()) | strange or (set() if tensors else {"∅"}):
         return f"{WEIGHTS}: {min(different)}"
     broken = [path for path, part in own.items() if not bool(part.isfinite().all())]
     return f"{WEIGHTS}: NaN, {min(broken)}" if broken else ""

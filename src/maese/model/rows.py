@@ -85,6 +85,19 @@ def token_layers(model: Any) -> list[Any]:
     return [part for part in model.modules() if hasattr(part, "trainable_tokens_delta")]
 
 
+def heed_others(model: Any) -> None:
+    """Let an adapter without rows of its own come after one that has some: PEFT would look for them in its file."""
+    from peft.utils.other import TrainableTokensWrapper
+
+    def asked(wrapper: Any, usual: Any, voice: str, *more: Any) -> dict[str, Any]:
+        return usual(wrapper, voice, *more) if voice in wrapper._adapters else {}
+
+    for part in model.modules():
+        if isinstance(part, TrainableTokensWrapper):
+            for name in ("adapter_state_dict_load_map", "adapter_state_dict"):
+                setattr(part, name, partial(asked, part, getattr(type(part), name)))
+
+
 def _ends(model: Any) -> tuple[Any, Any]:
     return model.get_input_embeddings(), model.get_output_embeddings()
 

@@ -67,7 +67,7 @@ def _layers(model: Any) -> list[Any]:
 
 def _plain(layer: Any, name: str) -> bool:
     """Whether an adapter does to this layer what the equation above says and nothing else (as DoRA would)."""
-    if name in layer.lora_embedding_A or layer.merged or layer.lora_variant.get(name):
+    if layer.lora_embedding_A or layer.merged or layer.lora_variant.get(name):  # a table of words reads no vectors
         return False
     if name not in layer.lora_A:
         return True
