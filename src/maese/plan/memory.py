@@ -34,13 +34,16 @@ EIGHT_BITS = 2 * (1 + 4 / 256)  # both moments in a byte, and their scales
 HEAD_BUDGET = {"cpu": 48 << 20, "cuda": 128 << 20}
 HEAD_ROWS = {"cpu": 512, "cuda": 4096}
 MUON_TOGETHER = 64 << 20
-# Python, torch, transformers, PEFT and a tokenizer, before there is any model; bitsandbytes comes with PEFT.
-PROCESS, BITSANDBYTES = 428 << 20, 110 << 20
-# What comes and goes in a step leaves holes that nothing fits into, as measured (`benchmarks/plan.py`): glibc keeps
-# what is let go of (`plan.machine.allocator`). Shares of what all blocks would keep, many where rotary positions and
-# gates come and go in all sizes or where blocks are made again; then a share of copies, head and tables. A card is
-# counted by what was asked of it, without its holes.
-HOLES_MANY, HOLES_FEW, HOLES_LARGE = 1.0, 0.5, 0.4
+# Python, torch, transformers, PEFT and a tokenizer, before there is any model; bitsandbytes comes with PEFT. Then what
+# is imported and kept once it works: kernels of oneDNN (`plan.machine.few_kernels`), room of MKL, what writes samples.
+PROCESS, BITSANDBYTES, LATER = 351 << 20, 110 << 20, 32 << 20
+# What comes and goes in a step leaves holes that nothing fits into, as measured (`benchmarks/plan.py`, thirty steps):
+# glibc keeps what is let go of (`plan.machine.allocator`). Shares of what all blocks would keep, more where gates and
+# rotary positions come and go in all sizes, most where blocks are made again; it stops growing with them (fitted on
+# one large model alone); then a share of copies, head and tables, whose pieces are the largest. A card is counted by
+# what was asked of it, without its holes.
+HOLES_FEW, HOLES_MANY, HOLES_AGAIN, HOLES_LARGE = 0.5, 0.7, 1.0, 1.25
+HOLES_MOST = 360 << 20
 CONTEXT = int(0.45 * 2**30)  # what CUDA takes for itself
 LOOKED_AT = 300  # steps of which the heaviest is taken, where the lengths of the rows are known
 
@@ -162,12 +165,12 @@ def estimate(shape: Anatomy, job: Job, process: int | None = None, file: int | N
         moments["moving"] = weights | moving | {"gradients": gradients, "copies": 4 * min(MUON_TOGETHER, shape.body)}
     base: dict[str, int] = {}
     if job.device == "cpu":
-        base["process"] = usual_process() if process is None else process
+        base["process"] = (usual_process() if process is None else process) + LATER
         for moment in moments.values():
             passing = activations(shape, replace(job, checkpointing=False)) if "activations" in moment else 0
             large = sum(moment.get(name, 0) for name in ("copies", "head", "table"))
-            many = shape.gated or job.checkpointing
-            moment["holes"] = int((HOLES_MANY if many else HOLES_FEW) * passing + HOLES_LARGE * large)
+            share = HOLES_AGAIN if job.checkpointing else HOLES_MANY if shape.gated else HOLES_FEW
+            moment["holes"] = int(min(share * passing, HOLES_MOST) + HOLES_LARGE * large)
     worst = max(moments, key=lambda name: sum(moments[name].values()))
     parts = tuple((name, int(size)) for name, size in (base | moments[worst]).items() if size)
     # What is read is mapped: weights that stay in the bits of the file are the file, others stand beside it.
