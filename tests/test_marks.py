@@ -203,6 +203,20 @@ def test_the_whole_model_learns_its_new_rows_too(recipe, questions, bases):
     assert kept.config.vocab_size == len(tokenizer) == 323
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "phi"])
+def test_a_whole_model_with_new_tokens_is_compared_with_what_it_began_as(recipe, questions, bases, kind):
+    from maese.evaluate.compare import compare
+    from maese.generate.engine import open_writer
+
+    run = train(talk(recipe, bases[kind], "method.kind=full"))
+    found = compare(run, ["¿Y 3?"], max_new_tokens=4)
+    assert found["max_logit_difference"] > 0
+    base = open_writer(run, base=True)
+    ids = open_writer(run).prompt_ids("¿Y 3?")
+    assert base.prompt_ids("¿Y 3?") == ids and len(base.model.get_input_embeddings().weight) > max(ids)
+    base.generate("¿Y 3?", max_new_tokens=4)
+
+
 def test_new_rows_resume_bit_for_bit(recipe, questions, bases):
     changes = ("method.kind=qlora", "method.dropout=0.1", "train.max_steps=6")
     whole = train(talk(recipe, bases["phi"], *changes, "output=whole"))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from maese.errors import MaeseError
-from maese.generate.engine import Writer, open_folder, open_writer
+from maese.generate.engine import Writer, open_base_of, open_writer
 from maese.model import adapter, load
 from maese.model.fingerprint import fingerprint, untouched
 from maese.recipe import Generate
@@ -29,7 +29,7 @@ def compare(
     else:
         folder = load.resolve(recipe.base)
         adapter.check_base(run.final, folder)  # a base replaced since then was never the «before» of this run
-        model, _ = open_folder(folder)
+        model, _ = open_base_of(recipe)
         before = Writer(model, after.tokenizer, after.settings, after.format, after.template)
 
     with untouched(before.model):

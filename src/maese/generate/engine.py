@@ -20,13 +20,14 @@ from maese import run as runs
 from maese.errors import MaeseError
 from maese.generate.draft import Answer, Draft
 from maese.generate.sample import draw, probabilities
-from maese.model import adapter, load
+from maese.model import adapter, load, rows
 from maese.model.fingerprint import fingerprint
 from maese.model.quant import open_base
 from maese.model.voices import BASE, speaking
 from maese.plan.shape import KNOWN
 from maese.say import say
 from maese.text.record import Message
+from maese.tokens.marks import add_marks
 from maese.tokens.template import TEMPLATES, Renderer, encode, open_template, opening
 
 # Up to this size one row of one token is bound by memory, not by arithmetic: a second thread gains 5 % on a quiet
@@ -213,11 +214,20 @@ def open_writer(what: str | Path | runs.Run, base: bool = False) -> Writer:
     recipe = run.recipe()
     if not base and not run.final.is_dir():
         raise MaeseError("RUN-05", run=str(run.path))
-    folder = load.resolve(recipe.base) if base else run.final
-    model, tokenizer = open_folder(folder, recipe.base, recipe.method.kind)
+    model, tokenizer = open_base_of(recipe) if base else open_folder(run.final, recipe.base, recipe.method.kind)
     return Writer(
         model, tokenizer, recipe.generate, recipe.data.format, recipe.data.template, name="" if base else recipe.name
     )
+
+
+def open_base_of(recipe: recipes.Recipe) -> tuple[Any, Any]:
+    """The model and tokenizer of a recipe as its training found them: with the tokens it adds, which say no more yet
+    than what they were spelt with."""
+    model, tokenizer = open_folder(load.resolve(recipe.base), recipe.base, recipe.method.kind)
+    if recipe.data.marks == "add" and (new := add_marks(tokenizer, recipe.data.template)):
+        rows.make_room(model, tokenizer, new)
+        rows.write(model, tokenizer, new)
+    return model, tokenizer
 
 
 def folder_writer(model: Any, tokenizer: Any, folder: Path) -> Writer:
