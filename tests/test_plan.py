@@ -335,6 +335,7 @@ FAULTS = {
 def test_what_cannot_be_planned_says_why(maese, code):
     status, out, talk = maese("plan", *FAULTS[code])
     assert status in (1, 2) and out == "" and f"error[{code}]" in talk
+    assert code != "USE-11" or "6 potatoes" in talk.partition("encontré")[2].splitlines()[0]
 
 
 NONE_OF = {

@@ -272,6 +272,27 @@ def test_the_heaviest_pass_is_the_one_a_step_makes():
         assert memory.heaviest(asked, device)[0] >= tokens
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_rows_all_alike_are_dealt_as_a_step_deals_them(device):
+    """By arithmetic and not by dealing them: a batch of millions is planned at once."""
+    from maese.tokens.batches import ENOUGH, by_room
+
+    for rows, turns, longest in ((1, 1, 512), (8, 4, 256), (3, 5, 700), (7, 3, 129), (2, 1, 2048), (64, 2, 33)):
+        asked = recipe_of(longest, rows, turns)
+        room = min(rows * longest, ENOUGH) if device == "cpu" else rows * longest
+        groups = by_room(range(rows * turns), [longest] * rows * turns, room)
+        most = max(len(group) for group in groups) * longest
+        assert memory.heaviest(asked, device) == (-(-most // 64) * 64, len(groups)), (rows, turns, longest)
+    assert memory.heaviest(recipe_of(128, 1, 10**9), device)[1] >= 10**8
+
+
+def recipe_of(longest: int, rows: int, turns: int):
+    from maese import recipe as recipes
+
+    data = {"sources": [{"path": "x"}], "max_length": longest}
+    return recipes.check({"name": "x", "data": data, "train": {"micro_batch": rows, "accumulation": turns}})
+
+
 def test_the_worst_moment_and_what_makes_it_larger():
     from dataclasses import replace
 

@@ -91,7 +91,7 @@ class Data(Strict):
 
 class Method(Strict):
     kind: Literal["full", "lora", "qlora"] = "full"  # qlora: the base in 4 bits under the adapter
-    rank: Count = 16
+    rank: Annotated[int, Field(strict=True, ge=1, le=4096)] = 16
     alpha: Annotated[float, Field(strict=True, gt=0)] = 32
     dropout: Share = 0.0
     targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = "all-linear"

@@ -133,7 +133,8 @@ def usage_error(problem: click.ClickException) -> UsageError:
         name = problem.param.opts[-1] if problem.param else "?"
         kind = getattr(problem.param.type, "choices", None) if problem.param else None
         expected = " | ".join(kind) if kind else _wanted(problem.param.type) if problem.param else "?"
-        found = re.match(r"'?(.*?)'? is not ", problem.message)
+        own = problem.param is not None and type(problem.param.type).__module__.startswith("maese")
+        found = re.match(r"(.*)" if own else r"'?(.*?)'? is not ", problem.message)  # ours say the value alone
         return UsageError("USE-11", name=name, command=path, found=found[1] if found else "?", expected=expected)
     if isinstance(problem, click.exceptions.NoSuchCommand):
         word, known = problem.command_name, getattr(problem.ctx.command, "commands", {}) if problem.ctx else {}

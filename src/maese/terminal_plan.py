@@ -233,7 +233,8 @@ def _rest(each: Planned, here: Machine, pace: Pace | None) -> list[str]:
     found = cost.disk(each.shape, job, each.recipe, pace.steps if pace else None)
     # A disk is counted in powers of ten, as its maker does.
     sizes = {"most": gigabytes(found.most), "one": gigabytes(found.checkpoint), "final": gigabytes(found.final)}
-    lines = ["  " + say("plan.disk", n=found.checkpoints, **sizes)]
+    best = {"best": gigabytes(found.best)} if found.best else {}
+    lines = ["  " + say(f"plan.disk.{'with_best' if best else 'plain'}", n=found.checkpoints, **sizes, **best)]
     if pace is None:
         return [*lines, "  " + say("plan.no_time")]
     shortest, longest = cost.total(pace)

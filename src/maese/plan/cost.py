@@ -50,7 +50,8 @@ class Pace:
 
 
 def disk(shape: Anatomy, job: Job, recipe: Recipe, steps: int | None = None) -> Disk:
-    """What a run writes; with its number of steps, no more checkpoints than it comes to."""
+    """What a run writes; with its number of steps, or the most it may take, no more checkpoints than it comes to."""
+    steps = steps if steps is not None else recipe.train.max_steps
     trained = trained_of(shape, job)
     states = optimizer_of(shape, job, trained, "disk")
     saves = recipe.train.keep + 1

@@ -124,17 +124,22 @@ def heaviest(recipe: Recipe, device: str, lengths: Sequence[int] | np.ndarray | 
     room = train.micro_batch * longest
     room = min(room, ENOUGH) if device == "cpu" else room
     each = train.micro_batch * train.accumulation
-    steps: list[list[int]] = [[longest] * each]
-    if lengths is not None and len(lengths) and not recipe.data.packing:
-        stop = min(LOOKED_AT, math.ceil(len(lengths) / each), train.max_steps or LOOKED_AT)
-        order = batches(len(lengths), train.micro_batch, train.accumulation, train.seed, 0, stop)
-        steps = [[int(lengths[row]) for chosen in step for row in chosen] for step in order]
+    if lengths is None or not len(lengths) or recipe.data.packing:  # all alike, as `by_room` would deal them
+        share = each * longest / math.ceil(each * longest / room)
+        at_once = min(max(1, room // longest), math.ceil(share / longest))
+        return _rounded(at_once * longest), math.ceil(each / at_once)
+    stop = min(LOOKED_AT, math.ceil(len(lengths) / each), train.max_steps or LOOKED_AT)
     found = []
-    for step in steps:
+    for chosen in batches(len(lengths), train.micro_batch, train.accumulation, train.seed, 0, stop):
+        step = [int(lengths[row]) for rows in chosen for row in rows]
         groups = by_room(range(len(step)), step, room)
         most = max(sum(step[row] for row in group) for group in groups)
-        found.append((math.ceil(most / FLAT_MULTIPLE) * FLAT_MULTIPLE, len(groups)))
+        found.append((_rounded(most), len(groups)))
     return max(tokens for tokens, _ in found), max(passes for _, passes in found)
+
+
+def _rounded(tokens: int) -> int:
+    return math.ceil(tokens / FLAT_MULTIPLE) * FLAT_MULTIPLE
 
 
 def estimate(shape: Anatomy, job: Job, process: int | None = None, file: int | None = None) -> Estimate:
