@@ -62,7 +62,7 @@ def receta(recipe):
 def typed(said: str, line: int = 0) -> list[str]:
     """The command after «prueba:» as a shell would take it, without the remark that follows it."""
     block = re.search(r"prueba: +(.*\n(?: {14}.*\n)*)", said).group(1)
-    words = shlex.split(block.splitlines()[line].split("   (")[0].replace("RECETA", "receta.yaml"))
+    words = shlex.split(block.splitlines()[line].split("   # ")[0].replace("RECETA", "receta.yaml"))
     assert words[0] == "maese"
     return words[1:]
 
@@ -112,7 +112,7 @@ def test_another_encoding_is_refused_and_the_command_proposed_mends_it(fails, ma
     path = put(name, SPANISH.encode(encoding))
     before = path.read_bytes()
     said = fails("DATA-02", "train", receta, source(name))
-    assert "línea 1" in said and "(escribe " in said
+    assert "línea 1" in said and "# escribe " in said
     status, out, _ = maese(*typed(said))
     fixed = Path(out.strip())
     assert status == 0 and fixed.read_text("utf-8") == SPANISH and path.read_bytes() == before

@@ -273,7 +273,7 @@ def test_at_one_row_it_says_what_weighs_what_and_three_ways_out(recipe, device, 
     mib = 2**10
     assert (facts["weights"] * mib, facts["gradients"] * mib, facts["optimizer"] * mib) == (4, 4, 8)
     assert facts["rest"] * mib == pytest.approx(1020)
-    typed = [line.split("   (")[0] for line in facts["repairs"].splitlines()]
+    typed = [line.split("   # ")[0] for line in facts["repairs"].splitlines()]
     assert len(typed) == 3
     for line in typed:
         words = shlex.split(line)
@@ -299,7 +299,7 @@ def test_with_several_processes_a_step_is_not_redone(recipe):
     with pytest.raises(MaeseError, match="MEM-04") as problem:
         fitting(halving, [[1, 2, 3]], memory_for(2), quiet, quiet, 1)
     assert halving.times == 0
-    first = problem.value.facts["repairs"].splitlines()[0].split("   (")[0]
+    first = problem.value.facts["repairs"].splitlines()[0].split("   # ")[0]
     smaller = recipe(*shlex.split(first)[3:]).train
     assert (smaller.micro_batch, smaller.accumulation) == (1, 6)  # the batch stays
 

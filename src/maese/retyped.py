@@ -3,8 +3,8 @@
     retyped(MaeseError("USE-03", key="train.lr", …), ["train", "mio.yaml", "size=nano", "train.lr=99"],
             ["maese train RECETA train.lr=1"])    →    ["maese train mio.yaml size=nano train.lr=1"]
 
-The catalogues write a repair for anybody: a command to a line, a remark after three spaces and a parenthesis, and
-RECETA where the recipe's name goes. Where the typed words tell nothing, a line stays as it is.
+The catalogues write a repair for anybody: a command to a line, after it a remark as a shell takes one, and RECETA where
+the recipe's name goes. Where the typed words tell nothing, a line stays as it is.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def retyped(problem: MaeseError, words: list[str], lines: list[str]) -> list[str
 
 def _line(line: str, problem: MaeseError, words: list[str], rest: list[str]) -> str:
     """One line, where `rest` are the words after `train` or `plan`, the first of them perhaps a recipe."""
-    proposed, gap, remark = line.partition("   (")
+    proposed, gap, remark = line.partition("   # ")
     named = bool(rest) and not rest[0].startswith("-") and ("=" not in rest[0] or Path(rest[0]).is_file())
     recipe = rest[0] if named else None
     blank, key, training = say("cli.metavar.recipe"), str(problem.facts.get("key")), problem.facts.get("training")

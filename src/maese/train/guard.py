@@ -271,7 +271,7 @@ def no_room(
         parts = 2 if train.micro_batch % 2 == 0 else train.micro_batch
         smaller = f"train.micro_batch={train.micro_batch // parts} train.accumulation={train.accumulation * parts}"
         ways.insert(0, (smaller, "smaller", rest * (1 - 1 / parts)))
-    repairs = "\n".join(f"{typed} {change}   ({say(f'memory.repair.{key}', gib=gib)})" for change, key, gib in ways)
+    repairs = "\n".join(f"{typed} {change}   # {say(f'memory.repair.{key}', gib=gib)}" for change, key, gib in ways)
     facts |= {"rest": rest, "used": used, "length": length, "repairs": repairs}
     if divisible:
         return MaeseError("MEM-04", **facts)
