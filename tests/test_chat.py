@@ -202,6 +202,34 @@ def test_the_voice_stays_while_turns_are_dropped(chat):
     assert len(ids) + 8 <= context_of(chat.writer.model)
 
 
+def test_a_voice_taken_away_is_given_back(chat):
+    """One asked for counts for everybody; `+` gives each its own."""
+    own = chat.chosen.system
+    chat.command("/system Grita.")
+    assert chat.chosen.system == "Grita."
+    chat.command("/system -")
+    assert not chat.chosen.system
+    chat.command("/system +")
+    assert chat.chosen.system == own
+
+
+def test_what_is_said_of_a_reply_that_was_stopped_is_true(chat, monkeypatch, capsys):
+    """That of the base is no turn, and no model is to blame for the sentences it was not let write."""
+    room = terminal_chat.Room(chat, None, json=False, quiet=0)
+    room.do("/sentences 3")
+    room.do("Hola")
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        interrupted(patch, 3)
+        room.do("/compare")
+    told = capsys.readouterr().err
+    assert "Respuesta detenida." in told and "queda como turno" not in told and "semilla:" not in told
+    with monkeypatch.context() as patch:
+        interrupted(patch, 3)
+        room.do("Otra")
+    assert "queda como turno" in capsys.readouterr().err
+
+
 def test_the_window_is_said_to_have_lost_turns(talk):
     _, said = talk(*["¿Y cuánto será todo esto, si puede saberse?"] * 4, flags=("--max-new-tokens", "40"))
     assert "se ha dejado fuera el turno más antiguo" in said

@@ -301,8 +301,9 @@ def test_to_repeat_there_must_be_two_checkpoints_and_nobody_training(recipe, mon
 
     with pytest.raises(Interrupted):
         train(recipe("output=r", "train.keep=1"), watch=stop_at_3)
-    with pytest.raises(MaeseError, match="RESUME-04"):
+    with pytest.raises(MaeseError, match="RESUME-04") as problem:
         verify(Run("r"))
+    assert "train.save_every=2 train.keep=2" in str(problem.value)  # of 6 steps: two before the end
     monkeypatch.setattr(Run, "holder", lambda self: 1)
     with pytest.raises(MaeseError, match="RUN-03"):
         verify(Run("r"))

@@ -57,6 +57,15 @@ def test_one_folder_says_what_base_and_adapter_say(recipe, questions, bases, her
     assert not [p.name for p in here.iterdir() if p.name.startswith(".entero")]
 
 
+def test_the_voice_goes_with_the_model(recipe, questions, bases, here):
+    done = train(talk(recipe, bases["gpt2"], "method.kind=lora", "generate.system=Habla claro.", "generate.top_k=7"))
+    merge(done.path, here / "entero")
+    run, whole = open_writer(done), open_writer(str(here / "entero"))
+    assert whole.settings == run.settings and whole.settings.system == "Habla claro."
+    assert whole.generate("Hola", seed=3).ids == run.generate("Hola", seed=3).ids
+    assert "base_sha256" not in json.loads((here / "entero" / "maese.json").read_text("utf-8"))
+
+
 def test_an_adapter_without_its_run_and_16_bits(recipe, bases, here):
     done = train(recipe(f"base={bases['qwen3']}", "method.kind=lora", "train.lr=2e-2", "train.max_steps=12"))
     made = merge(str(done.final), here / "dieciseis", "bf16")

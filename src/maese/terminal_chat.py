@@ -176,7 +176,8 @@ class Room:
             ended[i] = answer
             while turn in ended:
                 page.end()
-                self.about(question, ended[turn], asked[turn].with_settings(self.chat.settings))
+                mine = asked[turn] is self.chat.writer or self.chat.writer not in asked and not turn
+                self.about(question, ended[turn], asked[turn].with_settings(self.chat.settings), mine)
                 turn += 1
                 if turn < len(asked):
                     begin(turn)
@@ -199,7 +200,7 @@ class Room:
             page.begin(f"{say('chat.base')}> ", last.prompt if last.writer.format == "text" else "")
         exchange, answer, prints = self.chat.on_base(None if self.json else page.write)
         page.end()
-        self.about(exchange.prompt, answer, exchange.settings)
+        self.about(exchange.prompt, answer, exchange.settings, kept=False)
         self.say(say("chat.proof", name=exchange.writer.name, before=prints[0][:8], after=prints[1][:8]))
 
     def next(self, count: str) -> None:
@@ -230,16 +231,21 @@ class Room:
     def label(self, writer: Any, wanted: bool) -> str:
         return f"{writer.name}> " if wanted and writer.name and not self.json else ""
 
-    def about(self, question: str, answer: Any, settings: Any) -> None:
-        """The line below a reply: who, how much, how fast, how; and what did not go as asked."""
+    def about(self, question: str, answer: Any, settings: Any, kept: bool = True) -> None:
+        """The line below a reply: who, how much, how fast, how; and what did not go as asked.
+
+        `kept`: the reply is a turn of the conversation.
+        """
         if self.json:
             as_data(question, answer)
             return
-        if answer.reason == "stopped":
-            self.say(say("chat.stopped" if answer.text.strip() else "chat.stopped_empty"))
+        stopped = answer.reason == "stopped"
+        if stopped:
+            said = "stopped" if answer.text.strip() else "stopped_empty"
+            self.say(say(f"chat.{said}" if kept else "chat.stopped_aside"))
         if self.chat.dropped:
             self.say(say("chat.dropped", n=self.chat.dropped // 2))
-        for line in (*fewer(answer, settings), footer(answer, settings)):
+        for line in (*(() if stopped else fewer(answer, settings)), footer(answer, settings)):
             self.say(line)
 
     def keep(self) -> None:

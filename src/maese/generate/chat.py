@@ -32,7 +32,8 @@ SETTINGS = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_toke
 COMMANDS = (
     "help", "persona", "ask-all", "retry", "edit", "next", "compare", *SETTINGS, "tokens", "clear", "save", "exit",
 )  # fmt: skip
-NONE, OFF = "-", ("-", "no", "0")  # `/system -` takes the voice away, `/sentences no` their number
+# `/system -` takes the voice away and `/system +` gives each its own back; `/sentences no` takes their number away.
+NONE, OWN, OFF = "-", "+", ("-", "no", "0")
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,9 @@ class Chat:
     def _set(self, name: str, value: str) -> tuple[str, dict[str, Any]]:
         if name == "system" and self.writer.format == "text":
             return "generate.no_system", {}
-        if value:
+        if (name, value) == ("system", OWN):
+            self.settings.pop(name, None)
+        elif value:
             typed = ("" if value == NONE else value) if name == "system" else scalar(value)
             if name == "sentences" and value in OFF:
                 typed = False

@@ -12,6 +12,7 @@ rounded weights and round again would lose what it learnt.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from maese.tokens.template import encode, open_template, opening
 # root mean squares). What is left in fp32 is the order of sums; in 16 bits every weight is rounded.
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 DROWNED = 0.5  # of what the adapter changes in the logits: rounding that takes more has lost what was learnt
+SPEAKS = ("name", "format", "template", "generate", "examples")  # of our notes of an adapter, what is not of its base
 NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -129,6 +131,10 @@ def _write(model: Any, tokenizer: Any, folder: Path, draft: Path, dtype: str) ->
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.to(named[dtype]).save_pretrained(draft, safe_serialization=True)
     tokenizer.save_pretrained(draft)
+    # Its voice and its way of writing go with it; it is over no base any more.
+    about = {key: value for key, value in adapter.about_adapter(folder).items() if key in SPEAKS}
+    if about:
+        (draft / adapter.ABOUT).write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
 def _check(wanted: Any, before: Any, found: Any, dtype: str, what: str) -> float:

@@ -48,7 +48,8 @@ def verify(run: Run, steps: int | None = None) -> Verified:
         raise MaeseError("RUN-03", run=str(run.path), pid=holder)
     whole = [path for path in checkpoint.saved(run.checkpoints) if checkpoint.damage(path) is None]
     if len(whole) < 2:
-        raise MaeseError("RESUME-04", run=str(run.path), n=len(whole))
+        every = max(1, (run.read("state.json") or {}).get("steps", 30) // 3)  # often enough for two before the end
+        raise MaeseError("RESUME-04", run=str(run.path), n=len(whole), every=every)
     before, after = whole[-2:]
     first, newest = (checkpoint.manifest_of(path)["step"] for path in (before, after))
     last = newest if steps is None else min(newest, first + steps)
