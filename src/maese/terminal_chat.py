@@ -176,7 +176,7 @@ class Room:
             ended[i] = answer
             while turn in ended:
                 page.end()
-                mine = asked[turn] is self.chat.writer or self.chat.writer not in asked and not turn
+                mine = asked[turn] is self.chat.writer or (self.chat.writer not in asked and not turn)
                 self.about(question, ended[turn], asked[turn].with_settings(self.chat.settings), mine)
                 turn += 1
                 if turn < len(asked):
