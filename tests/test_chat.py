@@ -230,6 +230,16 @@ def test_what_is_said_of_a_reply_that_was_stopped_is_true(chat, monkeypatch, cap
     assert "queda como turno" in capsys.readouterr().err
 
 
+def test_a_reply_that_ends_with_the_context_says_so(chat, capsys):
+    room = terminal_chat.Room(chat, None, json=False, quiet=0)
+    long = "larga " * 40
+    while len(chat.writer.prompt_ids(long, (), chat.chosen)) > context_of(chat.writer.model) - 4:
+        long = long[:-6]
+    chat.settings |= {"max_new_tokens": 30, "temperature": 0.0}
+    room.do(long)
+    assert f"no lee más de {context_of(chat.writer.model)} tokens" in capsys.readouterr().err
+
+
 def test_the_window_is_said_to_have_lost_turns(talk):
     _, said = talk(*["¿Y cuánto será todo esto, si puede saberse?"] * 4, flags=("--max-new-tokens", "40"))
     assert "se ha dejado fuera el turno más antiguo" in said

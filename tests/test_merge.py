@@ -64,6 +64,8 @@ def test_the_voice_goes_with_the_model(recipe, questions, bases, here):
     assert whole.settings == run.settings and whole.settings.system == "Habla claro."
     assert whole.generate("Hola", seed=3).ids == run.generate("Hola", seed=3).ids
     assert "base_sha256" not in json.loads((here / "entero" / "maese.json").read_text("utf-8"))
+    # Whoever may read one of its files may read them all.
+    assert len({path.stat().st_mode for folder in (done.final, here / "entero") for path in folder.iterdir()}) == 1
 
 
 def test_an_adapter_without_its_run_and_16_bits(recipe, bases, here):

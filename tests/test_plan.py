@@ -427,6 +427,16 @@ def test_what_knows_nothing_yet_gets_no_adapter(maese):
     assert status == 1 and "error[MEM-05]" in talk and "lora" not in talk
 
 
+def test_a_model_made_in_stages_is_planned_by_its_size_and_not_measured(maese):
+    _, out, talk = maese("plan", "minigpt-hub", "size=mini")
+    assert "modelo   mini (qwen3)" in out and "probe" not in out + talk
+    assert "error[USE-13]" in maese("plan", "minigpt-hub", "--probe")[2]
+
+
+def test_a_model_typed_where_a_recipe_goes_is_planned(maese):
+    assert maese("plan", "gpt2-xl", "--method", "lora")[1] == maese("plan", "--base", "gpt2-xl", "--method", "lora")[1]
+
+
 def test_a_plan_says_fits_of_the_figure_it_shows(maese, monkeypatch):
     from maese.plan.machine import Machine
 

@@ -372,6 +372,24 @@ def test_a_checkpoint_is_whole_or_not_there(recipe, file):
     assert checkpoint.damage(folder) == file
 
 
+def test_a_base_that_was_moved_is_asked_for_where_it_was(recipe, tiny, here):
+    """To begin anew over it, as other errors propose, would be to lose what was learnt."""
+    base = shutil.copytree(tiny, here / "base")
+
+    def stop_at_3(event):
+        if event["type"] == "step" and event["step"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        train(recipe("output=cut", f"base={base}"), watch=stop_at_3)
+    moved = base.rename(here / "movida")
+    with pytest.raises(MaeseError, match="RESUME-06") as problem:
+        resume(Run("cut"))
+    assert f"ln -s DONDE_ESTA_AHORA {base}" in str(problem.value)
+    base.symlink_to(moved)
+    assert resume(Run("cut")).read("state.json")["status"] == "finished"
+
+
 def test_what_ended_is_not_resumed_and_what_is_all_damaged_cannot(recipe):
     run = train(recipe("output=hecho"))
     with pytest.raises(MaeseError, match="RUN-04"):

@@ -63,13 +63,15 @@ def plan(ctx: click.Context, words: tuple[str, ...], room: float | None, probe: 
     from maese import terminal_plan
 
     named = bool(words) and ("=" not in words[0] or Path(words[0]).is_file())
+    if named and options["base"] is None and _is_base(words[0]):  # no recipe is called so, and a model is
+        options["base"], words, named = words[0], words[1:], False
     if not named and options["base"] is None:
         raise click.MissingParameter(ctx=ctx, param=ctx.command.params[0])
     asked = _asked(words[0], words[1:], options) if named else _asked(None, words, options)
     if probe and room is not None:
         raise UsageError("USE-14", words=asked.words(), room=terminal_plan.typed_size(room))
     planned = _planned(asked)
-    if probe and (asked.name is None or len(planned) > 1):
+    if probe and (asked.name is None or asked.staged):
         raise UsageError("USE-13")
     if room is not None:
         terminal_plan.show_fit(planned, room, asked, **ctx.obj)
@@ -82,6 +84,13 @@ def plan(ctx: click.Context, words: tuple[str, ...], room: float | None, probe: 
         terminal_plan.say_probing(**ctx.obj)
         pace = measure(planned[0].recipe)
     terminal_plan.show(planned, pace, asked, **ctx.obj)
+
+
+def _is_base(word: str) -> bool:
+    from maese.plan.shape import KNOWN
+    from maese.recipe import INSIDE
+
+    return word in (*KNOWN, *INSIDE) and not Path(word).exists()
 
 
 def _asked(name: str | None, changes: tuple[str, ...], options: dict[str, Any]) -> Asked:
@@ -122,7 +131,7 @@ def _planned(asked: Asked) -> list[Planned]:
         shape = of_size(shape_of(whole), whole.architecture, whole.dropout)
         first, *_ = whole.trainings  # the others go on from what it learnt
         return [
-            Planned(each, _checked(getattr(whole, each), shape, f"{each}."), shape, each == first)
+            Planned(each, _checked(_sized(getattr(whole, each), whole.size), shape, f"{each}."), shape, each == first)
             for each in whole.trainings
         ]
     if name is not None:
@@ -139,6 +148,11 @@ def _planned(asked: Asked) -> list[Planned]:
             shorter = recipe.data.model_copy(update={"max_length": min(recipe.data.max_length, shape.context)})
             recipe = recipe.model_copy(update={"data": shorter})
     return [Planned(recipe.name if name else recipe.base, _checked(recipe, shape), shape, built(recipe.base))]
+
+
+def _sized(recipe: Recipe, size: str) -> Recipe:
+    """The recipe of a training of several, whose base is what the one before it made, with the size for its base."""
+    return recipe.model_copy(update={"base": size})
 
 
 def _checked(recipe: Recipe, shape: Anatomy, prefix: str = "") -> Recipe:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from maese.say import say
-from maese.spoken import Command
+from maese.spoken import Command, Decimal
 
 
 def writing_options(command: Any) -> Any:
@@ -17,11 +17,11 @@ def writing_options(command: Any) -> Any:
     for option in reversed(
         [
             click.option("--max-new-tokens", type=int, metavar="N", help=say("cli.write.max_new_tokens")),
-            click.option("--temperature", type=float, metavar="N", help=say("cli.write.temperature")),
+            click.option("--temperature", type=Decimal(), metavar="N", help=say("cli.write.temperature")),
             click.option("--greedy", is_flag=True, help=say("cli.write.greedy")),
             click.option("--top-k", type=int, metavar="N", help=say("cli.write.top_k")),
-            click.option("--top-p", type=float, metavar="N", help=say("cli.write.top_p")),
-            click.option("--repetition-penalty", type=float, metavar="N", help=say("cli.write.repetition_penalty")),
+            click.option("--top-p", type=Decimal(), metavar="N", help=say("cli.write.top_p")),
+            click.option("--repetition-penalty", type=Decimal(), metavar="N", help=say("cli.write.repetition_penalty")),
             click.option("--sentences", type=int, metavar="N", help=say("cli.write.sentences")),
             click.option("--stop", multiple=True, metavar=say("cli.metavar.text"), help=say("cli.write.stop")),
             click.option("--seed", type=int, metavar="N", help=say("cli.write.seed")),

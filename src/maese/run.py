@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import difflib
 import errno
+import functools
 import json
 import os
 import platform
@@ -233,8 +234,22 @@ def write_whole(path: Path, text: str) -> None:
         os.replace(draft, path)
 
 
+@functools.cache
+def _umask() -> int:
+    """What the system takes from the rights of new files; it can only be asked by setting it."""
+    now = os.umask(0o022)
+    os.umask(now)
+    return now
+
+
 def sync(path: Path) -> None:
-    """Force a file or a folder's list of names to the disk, so that a power cut finds it there."""
+    """Force a file or a folder's list of names to the disk, so that a power cut finds it there.
+
+    Whoever may read the files of this person may read it: safetensors makes its own for its owner alone.
+    """
+    if os.name == "posix" and path.is_file():
+        with contextlib.suppress(OSError):  # a disk that knows no rights
+            os.chmod(path, 0o666 & ~_umask())
     if path.is_dir() and os.name != "posix":  # elsewhere a folder cannot be opened, nor needs to be
         return
     handle = os.open(path, os.O_RDONLY)

@@ -57,6 +57,18 @@ class Spoken:
         return option
 
 
+class Decimal(click.ParamType):
+    """A number as people write it: `0.7` and «0,7»."""
+
+    name = "float"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            return float(str(value).replace(",", "."))
+        except ValueError:
+            self.fail(str(value), param, ctx)
+
+
 class Command(Spoken, click.Command):
     """A command with its help in Spanish or English, and its examples below."""
 

@@ -243,6 +243,10 @@ class Room:
         if stopped:
             said = "stopped" if answer.text.strip() else "stopped_empty"
             self.say(say(f"chat.{said}" if kept else "chat.stopped_aside"))
+        if answer.reason == "context":
+            from maese.model.load import context_of
+
+            self.say(say("chat.no_room", longest=context_of(self.chat.writer.model)))
         if self.chat.dropped:
             self.say(say("chat.dropped", n=self.chat.dropped // 2))
         for line in (*(() if stopped else fewer(answer, settings)), footer(answer, settings)):

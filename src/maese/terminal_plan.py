@@ -62,11 +62,11 @@ def show(planned: list[Planned], pace: Pace | None, asked: Asked, json: bool = F
     lines: list[str] = []
     for each in planned:
         here = here_for(each.recipe)
-        lines += [*_head(each, here), "", *_parts(each, here), "", *_rest(each, here, pace)]
+        lines += [*_head(each, here), "", *_parts(each, here), "", *_rest(each, here, pace, asked.staged)]
         lines += ["", *_machines(each, here), *_ways(each, here), ""]
     sys.stdout.write("\n".join(lines).rstrip() + "\n")
     talk("\n" + say("plan.next", words=asked.words()), quiet=quiet)
-    if asked.name is not None and len(planned) == 1 and pace is None:
+    if asked.name is not None and not asked.staged and pace is None:
         talk(say("plan.next_probe", words=asked.words()), quiet=quiet)
 
 
@@ -227,8 +227,8 @@ def _parts(each: Planned, here: Machine) -> list[str]:
     return lines
 
 
-def _rest(each: Planned, here: Machine, pace: Pace | None) -> list[str]:
-    """Disk and time."""
+def _rest(each: Planned, here: Machine, pace: Pace | None, staged: bool) -> list[str]:
+    """Disk, and time where it was or could be measured."""
     job = memory.job_of(each.recipe, here.precision, here.device)
     found = cost.disk(each.shape, job, each.recipe, pace.steps if pace else None)
     # A disk is counted in powers of ten, as its maker does.
@@ -236,7 +236,7 @@ def _rest(each: Planned, here: Machine, pace: Pace | None) -> list[str]:
     best = {"best": gigabytes(found.best)} if found.best else {}
     lines = ["  " + say(f"plan.disk.{'with_best' if best else 'plain'}", n=found.checkpoints, **sizes, **best)]
     if pace is None:
-        return [*lines, "  " + say("plan.no_time")]
+        return [*lines, *([] if staged else ["  " + say("plan.no_time")])]
     shortest, longest = cost.total(pace)
     speeds = f"{number(min(pace.speeds), 0)}–{number(max(pace.speeds), 0)}"
     measured = {"speeds": speeds, "n": len(pace.seconds), "peak": number(pace.peak_gib, 2), "steps": pace.steps}

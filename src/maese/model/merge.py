@@ -23,7 +23,7 @@ from maese import run as runs
 from maese.errors import MaeseError
 from maese.model import adapter, load
 from maese.model.fingerprint import untouched
-from maese.run import Run, disk, refuse_taken
+from maese.run import Run, disk, refuse_taken, sync
 from maese.say import percent, say
 from maese.tokens.template import encode, open_template, opening
 
@@ -76,6 +76,8 @@ def merge(what: str | Path | Run, out: Path, dtype: str = "auto", base: str | No
         try:
             _write(model, tokenizer, folder, draft, chosen)
             del model
+            for path in draft.iterdir():
+                sync(path)
             difference = _check(wanted, before, _logits(load.load_model(draft), rows), chosen, named)
             os.replace(draft, out)
         finally:

@@ -42,10 +42,13 @@ def resume(run: runs.Run, watch: Watch = None) -> runs.Run:
     """Go on with a run that stopped: from its last whole checkpoint, or from the start if it had none yet.
 
     Errors: RUN-04 (it had ended), RESUME-01 (data or base changed), RESUME-02 (no checkpoint is whole),
-    RESUME-05 (the recipe changed in what is learnt).
+    RESUME-05 (the recipe changed in what is learnt), RESUME-06 (its base is no longer there).
     """
     _refuse_finished(run)
-    session = open_session(run.recipe(), run, watch)
+    recipe = run.recipe()
+    if Path(recipe.base).is_absolute() and not Path(recipe.base).exists():
+        raise agreed(MaeseError("RESUME-06", run=str(run.path), base=recipe.base))
+    session = open_session(recipe, run, watch)
     with closing(session):
         _refuse_finished(run)  # again: another process may have ended it while this one loaded
         session.together.each(lambda: _same_data(session))
