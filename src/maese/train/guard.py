@@ -144,9 +144,8 @@ class Halving:
 class Room:
     """Keeps the memory of a processor near what was estimated.
 
-    Rows of many lengths leave holes that nothing fits into, and more of them with every step: SmolLM2's tutor held
-    1.9 GiB after a step and 3.9 after sixty, of which 1.0 were of use between two. What is free is given back when the
-    process comes near the estimate, and never for more than one part in fifty of the time.
+    Rows of many lengths leave holes that nothing fits into. What is free is given back when the process comes near the
+    estimate, and never for more than one part in fifty of the time.
     """
 
     estimated_gib: float | None = None
