@@ -474,3 +474,18 @@ def test_words_of_the_model_are_not_markup(capsys):
     shown.live = types.SimpleNamespace(console=Console(file=io.StringIO(), width=80))
     shown.line("«[bold]hola[/x]»")
     assert "[bold]hola[/x]" in shown.live.console.file.getvalue()
+
+
+def test_what_counts_for_every_command_may_be_typed_anywhere(maese):
+    from maese.cli import general_first
+
+    assert general_first(["chat", "--lang", "en", "x", "--", "--json"]) == ["--lang", "en", "chat", "x", "--", "--json"]
+    assert general_first(["plan", "--lang"]) == ["--lang", "plan"] and general_first(["--lang=en"]) == ["--lang=en"]
+    after, before = maese("plan", "tutor", "--json"), maese("--json", "plan", "tutor")
+    assert after == before and json.loads(after[1])["name"] == "tutor"
+    assert maese("plan", "tutor", "--lang", "en")[1].startswith("Plan · tutor\n  model ")
+
+
+def test_without_a_network_the_hub_is_said_to_be_out_of_reach(maese, here):
+    _, _, told = maese("train", "tutor-phi2")
+    assert "error[MODEL-01]" in told and "no hay red" in told and "Error" not in told

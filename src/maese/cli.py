@@ -313,12 +313,28 @@ def export(ctx: click.Context, run: str, folder: Path, dtype: str, base: str | N
     terminal.merged(merge(run, folder, dtype, base), **ctx.obj)
 
 
+def general_first(words: list[str]) -> list[str]:
+    """What counts for every command, wherever it was typed: `["plan", "demo", "--json"]` gives `["--json", "plan",
+    "demo"]`. After `--` all is text."""
+    front: list[str] = []
+    rest: list[str] = []
+    left = iter(words)
+    for word in left:
+        if word == "--":
+            rest += [word, *left]
+        elif word == "--lang":
+            front += [word, *([value] if (value := next(left, None)) is not None else [])]
+        else:
+            (front if word in ("--json", "--no-color") or word.startswith("--lang=") else rest).append(word)
+    return front + rest
+
+
 def run(arguments: list[str]) -> int:
     """The whole command line: runs it and turns what went wrong into words. Returns the exit code."""
     if hasattr(sys.stdout, "reconfigure"):  # half a character, or one that the console does not have, ends nothing
         sys.stdout.reconfigure(errors="replace")
     try:
-        ended = cli.main(arguments, prog_name="maese", standalone_mode=False)
+        ended = cli.main(general_first(arguments), prog_name="maese", standalone_mode=False)
         return _bye(ended if isinstance(ended, int) else 0)
     except MaeseError as problem:
         told = error_text(problem.code, problem.facts, partial(retyped, problem, arguments))

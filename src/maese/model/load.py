@@ -72,7 +72,9 @@ def _from_hub(base: str, nearest: str) -> Path:
     except GatedRepoError as problem:
         raise MaeseError("MODEL-02", base=name) from problem
     except Exception as problem:  # the hub's client raises many kinds; to a person they are one: it did not come
-        raise MaeseError("MODEL-01", base=base, reason=type(problem).__name__, nearest=nearest) from problem
+        answered = isinstance(problem, HfHubHTTPError) and not isinstance(problem, LocalEntryNotFoundError)
+        reason = type(problem).__name__ if answered else say("model.unreachable")
+        raise MaeseError("MODEL-01", base=base, reason=reason, nearest=nearest) from problem
 
 
 def check(folder: Path) -> dict[str, Any]:
