@@ -145,9 +145,10 @@ def usage_error(problem: click.ClickException) -> UsageError:
         name = problem.param.opts[-1] if problem.param else "?"
         kind = getattr(problem.param.type, "choices", None) if problem.param else None
         expected = " | ".join(kind) if kind else _wanted(problem.param.type) if problem.param else "?"
-        own = problem.param is not None and type(problem.param.type).__module__.startswith("maese")
-        found = re.match(r"(.*)" if own else r"'?(.*?)'? is not ", problem.message)  # ours say the value alone
-        return UsageError("USE-11", name=name, command=path, found=found[1] if found else "?", expected=expected)
+        ours = problem.param is not None and type(problem.param.type).__module__.startswith("maese")
+        theirs = re.match(r"'?(.*?)'? is not ", problem.message)
+        found = problem.message if ours else theirs[1] if theirs else "?"  # a type of ours says the value alone
+        return UsageError("USE-11", name=name, command=path, found=found, expected=expected)
     if isinstance(problem, click.exceptions.NoSuchCommand):
         word, known = problem.command_name, getattr(problem.ctx.command, "commands", {}) if problem.ctx else {}
         nearest = FALSE_FRIENDS.get(word) or (difflib.get_close_matches(word, known, n=1, cutoff=0) or ["--help"])[0]
